@@ -1,0 +1,137 @@
+"""Megatron-Core on the CPU over gloo, for laptops, continuous integration and tests.
+
+Megatron-Core asks for CUDA devices by name in its factories, its pipeline communication and
+its random-number tracker. Inside ``cpu_backend()`` those requests are answered with the CPU;
+on exit everything is as it was. Nothing happens on import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["cpu_backend", "cpu_backend_active"]
+
+_depth = 0
+
+
+def cpu_backend_active() -> bool:
+    """Tells whether the process is inside ``cpu_backend()``."""
+    return _depth > 0
+
+
+@contextlib.contextmanager
+def cpu_backend() -> Iterator[None]:
+    """Runs Megatron-Core on the CPU inside the ``with`` block; re-entrant.
+
+    The redirections hold for the whole process except for the factory functions, which are
+    redirected in the calling thread (a ``TorchFunctionMode`` is per thread).
+    """
+    global _depth
+    if _depth:
+        _depth += 1
+        try:
+            yield
+        finally:
+            _depth -= 1
+        return
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in _replacements():
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        stack.enter_context(_CudaToCpu())
+        _depth = 1
+        try:
+            yield
+        finally:
+            _depth = 0
+
+
+def _replacements() -> list[tuple[Any, str, Any]]:
+    # torch.compile decorates functions of Megatron-Core at import, and inspects torch.cuda then.
+    importlib.import_module("megatron.core.models.gpt")
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    cpu = torch.device("cpu")
+    return [
+        (torch.cuda, "current_device", lambda: cpu),
+        (torch.cuda, "current_stream", lambda *_, **__: _Stream()),
+        (torch.cuda, "Stream", _Stream),
+        (torch.cuda, "stream", lambda *_, **__: contextlib.nullcontext()),
+        (torch.cuda, "synchronize", lambda *_, **__: None),
+        (torch.cuda, "empty_cache", lambda: None),
+        (torch.cuda, "set_device", lambda *_: None),
+        (torch.cuda, "manual_seed", lambda seed: torch.manual_seed(seed)),
+        (torch.cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
+        (random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
+        (random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
+        (dist, "all_gather", _all_gather_of_scalars(dist.all_gather)),
+    ]
+
+
+def _all_gather_of_scalars(all_gather: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives gloo one-element views of zero-dimensional tensors, which it refuses to gather."""
+
+    def wrapped(outputs: list[torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if tensor.dim() == 0:
+            outputs = [output.view(1) if output.dim() == 0 else output for output in outputs]
+            tensor = tensor.view(1)
+        return all_gather(outputs, tensor, *args, **kwargs)
+
+    return wrapped
+
+
+class _Stream:
+    """Stands for a CUDA stream where every operation is synchronous."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def wait_stream(self, *_: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class _CudaToCpu(TorchFunctionMode):
+    """Rewrites a CUDA device among the arguments of a torch function into the CPU."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if kwargs:
+            if _is_cuda(kwargs.get("device")):
+                kwargs = {**kwargs, "device": "cpu"}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def _is_cuda(device: object) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    # A bare index names a CUDA device; True and False are flags of Tensor.to.
+    return isinstance(device, int) and not isinstance(device, bool)

@@ -1,0 +1,174 @@
+"""The interface of a checkpoint on disk."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimtron_common.errors import CheckpointError, ConfigError
+from slimtron_common.models.architecture import Architecture
+from slimtron_common.models.huggingface import architecture_from_config
+from slimtron_common.parallel.context import ParallelContext
+
+__all__ = ["CONFIG_NAME", "TOKENIZER_FILES", "Checkpoint", "open_checkpoint", "parse_spec"]
+
+CONFIG_NAME = "config.json"
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""Files that travel unchanged from a model to what is made of it."""
+
+_KINDS = ("hf", "megatron")
+
+
+def parse_spec(spec: str, *, where: str = "model") -> tuple[str, Path]:
+    """Splits ``hf:DIR`` into its kind and path.
+
+    Raises:
+        ConfigError: The kind is missing or unknown.
+    """
+    kind, colon, path = spec.partition(":")
+    if not colon or kind not in _KINDS or not path:
+        raise ConfigError(
+            "say the kind of the checkpoint and its directory",
+            where=where,
+            found=spec,
+            allowed=" or ".join(f"{kind}:DIR" for kind in _KINDS),
+        )
+    return kind, Path(path).expanduser()
+
+
+def open_checkpoint(spec: str, *, where: str = "model", trust_remote_code: bool = False) -> Checkpoint:
+    """Opens a checkpoint and reads what it is, without its weights.
+
+    Args:
+        spec: ``hf:DIR`` (a Hugging Face directory with safetensors) or ``megatron:DIR`` (a
+            Megatron distributed checkpoint that Slimtron wrote).
+        where: The config field that ``spec`` came from, for messages.
+        trust_remote_code: Whether the tokenizer may run code that comes with the model.
+
+    Raises:
+        ConfigError: ``spec`` is malformed.
+        CheckpointError: The directory is missing, incomplete or corrupt.
+        UnsupportedModelError: The architecture cannot be opened.
+    """
+    from slimtron_common.checkpoint.huggingface import HuggingFaceCheckpoint
+    from slimtron_common.checkpoint.megatron import MegatronCheckpoint
+
+    kind, path = parse_spec(spec, where=where)
+    opener = {"hf": HuggingFaceCheckpoint, "megatron": MegatronCheckpoint}[kind]
+    return opener(path, trust_remote_code=trust_remote_code)
+
+
+class Checkpoint(ABC):
+    """A checkpoint whose architecture is known and whose weights are still on disk."""
+
+    kind: str
+
+    def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
+        if not path.is_dir():
+            found = "a file" if path.exists() else "nothing"
+            raise CheckpointError(
+                "the model's directory does not exist",
+                where=path,
+                found=found,
+                hint="give the directory that holds config.json; "
+                "`slimtron-common demo-model DIR` writes a small real one",
+            )
+        self.path = path
+        self.trust_remote_code = trust_remote_code
+        self.architecture: Architecture = architecture_from_config(
+            read_json(path / CONFIG_NAME), source=str(path / CONFIG_NAME)
+        )
+
+    @property
+    @abstractmethod
+    def num_parameters(self) -> int:
+        """Parameters stored, a tied output layer counted once."""
+
+    @property
+    @abstractmethod
+    def weight_bytes(self) -> int:
+        """Bytes that the weights take on disk."""
+
+    @abstractmethod
+    def load(self, model: nn.Module, context: ParallelContext) -> None:
+        """Fills this process's part of ``model`` in place."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the stored weights.
+
+        Raises:
+            CheckpointError: The config names no floating-point type of torch.
+        """
+        dtype = getattr(torch, self.architecture.dtype, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise CheckpointError(
+                "the type of the weights is unknown",
+                where=self.path / CONFIG_NAME,
+                found=self.architecture.dtype,
+                allowed="float32, bfloat16, float16",
+            )
+        return dtype
+
+    def tokenizer(self) -> Any:
+        """Loads the tokenizer beside the weights.
+
+        Raises:
+            CheckpointError: There is none, or it cannot be read.
+        """
+        from transformers import AutoTokenizer
+
+        if not any((self.path / name).is_file() for name in TOKENIZER_FILES[:2]) and not (
+            self.path / "vocab.json"
+        ).is_file():
+            raise CheckpointError(
+                "no tokenizer lies beside the weights",
+                where=self.path,
+                allowed="tokenizer.json, tokenizer.model, or vocab.json with merges.txt",
+                hint="copy the original model's tokenizer files into the directory",
+            )
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"the tokenizer cannot be read: {error}", where=self.path
+            ) from error
+
+    def companion_files(self) -> list[Path]:
+        """Tokenizer and generation settings, to be copied to what is made of the model."""
+        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        CheckpointError: The file is missing, malformed, or not an object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError("the file is missing", where=path) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"the file cannot be read: {error}", where=path) from error
+    if not isinstance(data, dict):
+        raise CheckpointError("the file must hold a JSON object", where=path, found=type(data))
+    return data

@@ -1,0 +1,125 @@
+"""Megatron distributed checkpoints, with what rebuilds the model beside the weights.
+
+``DIR/config.json`` says what the model is in Hugging Face's terms, the tokenizer's files lie
+next to it, and ``DIR/weights`` is a checkpoint of ``megatron.core.dist_checkpointing``
+(``torch_dist``), which opens at any tensor and pipeline size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimtron_common.checkpoint.base import CONFIG_NAME, Checkpoint
+from slimtron_common.checkpoint.huggingface import write_json
+from slimtron_common.checkpoint.metadata import check_metadata
+from slimtron_common.checkpoint.writer import collective_directory, copy_files
+from slimtron_common.errors import CheckpointError
+from slimtron_common.manifest import write_manifest
+from slimtron_common.models.architecture import Architecture
+from slimtron_common.models.huggingface import config_from_architecture
+from slimtron_common.models.mapping import model_parameters
+from slimtron_common.parallel.context import ParallelContext
+from slimtron_common.parallel.unwrap import unwrap_model
+
+__all__ = ["MegatronCheckpoint", "save_megatron"]
+
+WEIGHTS_DIR = "weights"
+
+
+class MegatronCheckpoint(Checkpoint):
+    """A Megatron distributed checkpoint that Slimtron wrote."""
+
+    kind = "megatron"
+
+    def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
+        super().__init__(path, trust_remote_code=trust_remote_code)
+        self.weights = path / WEIGHTS_DIR
+        if not (self.weights / "metadata.json").is_file():
+            raise CheckpointError(
+                "the weights are missing or were not written to their end",
+                where=self.weights,
+                found="no metadata.json",
+                hint="save the checkpoint again",
+            )
+        check_metadata(self.weights)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(
+            torch.Size(shape).numel()
+            for _, rule in model_parameters(self.architecture)
+            for shape in rule.hf_shapes
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.weights.rglob("*") if file.is_file())
+
+    def load(self, model: nn.Module, context: ParallelContext) -> None:
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.core import CheckpointingException
+
+        model = unwrap_model(model)
+        try:
+            state = dist_checkpointing.load(_sharded_weights(model), str(self.weights))
+        except (CheckpointingException, OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the weights cannot be read: {error}", where=self.weights
+            ) from error
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        lost = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
+        if lost:
+            raise CheckpointError(
+                "the checkpoint does not match the model", where=self.weights, found=lost[:3]
+            )
+
+
+def save_megatron(
+    path: Path,
+    model: nn.Module,
+    architecture: Architecture,
+    context: ParallelContext,
+    *,
+    companions: list[Path] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Saves a model as a Megatron distributed checkpoint.
+
+    All processes call it. The directory appears whole or not at all. Megatron-Core's writers
+    are separate processes, so a script that calls this needs ``if __name__ == "__main__"``.
+
+    Args:
+        path: The directory to create.
+        model: A Megatron-Core model or what holds it, at any tensor and pipeline size.
+        architecture: What it is.
+        context: This process's place.
+        companions: Tokenizer files to copy along.
+        overwrite: Whether an existing directory is replaced.
+
+    Raises:
+        CheckpointError: The directory exists or cannot be written.
+    """
+    from megatron.core import dist_checkpointing
+
+    model = unwrap_model(model)
+    with collective_directory(path, context, overwrite=overwrite) as directory:
+        weights = directory / WEIGHTS_DIR
+        if context.is_main:
+            weights.mkdir()
+        context.barrier()
+        dist_checkpointing.save(_sharded_weights(model), str(weights))
+        if context.is_main:
+            dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+            write_json(directory / CONFIG_NAME, config_from_architecture(architecture, dtype=dtype))
+            copy_files(companions or [], directory)
+            write_manifest(directory, kind="megatron", config={}, metrics={}, seed=None)
+
+
+def _sharded_weights(model: Any) -> dict[str, Any]:
+    # Transformer Engine's extra state holds FP8 training recipes, which weights do not need.
+    sharded = model.sharded_state_dict(prefix="")
+    return {name: value for name, value in sharded.items() if "_extra_state" not in name}

@@ -1,0 +1,121 @@
+"""Write one directory together from many processes, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from slimtron_common.atomic import atomic_directory
+from slimtron_common.parallel.context import ParallelContext
+
+__all__ = ["collective_directory", "copy_files", "write_safetensors"]
+
+INDEX_NAME = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+@contextlib.contextmanager
+def collective_directory(
+    path: Path, context: ParallelContext, *, overwrite: bool = False
+) -> Iterator[Path]:
+    """Yields one temporary directory to all processes and renames it to ``path`` at the end.
+
+    The directory must lie on storage that all processes share. It appears only when every
+    process has left the block without an error.
+    """
+    with contextlib.ExitStack() as stack:
+        shared: list[object] = [None]
+        if context.is_main:
+            try:
+                shared = [stack.enter_context(atomic_directory(path, overwrite=overwrite))]
+            except Exception as error:
+                shared = [error]
+        dist.broadcast_object_list(shared, src=0)
+        if isinstance(shared[0], Exception):
+            raise shared[0]
+        assert isinstance(shared[0], Path)
+        yield shared[0]
+        dist.barrier()
+    # The rename is over before anybody looks for the result.
+    dist.barrier()
+
+
+def write_safetensors(
+    directory: Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    context: ParallelContext,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Streams named tensors into safetensors files of bounded size, with an index if several.
+
+    Each pipeline stage's writer writes its own files; at most one file's tensors are in
+    memory.
+
+    Args:
+        directory: An existing directory on shared storage.
+        tensors: This stage's tensors; every process walks them, writers keep them.
+        context: This process's place.
+        max_shard_bytes: Upper bound of a file, unless one tensor is larger.
+    """
+    parts: list[tuple[str, dict[str, int]]] = []
+    pending: dict[str, torch.Tensor] = {}
+
+    def flush() -> None:
+        if pending:
+            part = f".part-{context.pp_rank}-{len(parts)}"
+            _save(directory / part, pending)
+            parts.append((part, {name: _size(tensor) for name, tensor in pending.items()}))
+            pending.clear()
+
+    for name, tensor in tensors:
+        if not context.is_writer:
+            continue
+        if sum(map(_size, pending.values())) + _size(tensor) > max_shard_bytes:
+            flush()
+        pending[name] = tensor.detach().to("cpu").contiguous()
+    flush()
+
+    gathered: list[list[tuple[str, dict[str, int]]]] = [[] for _ in range(context.world_size)]
+    dist.all_gather_object(gathered, parts)
+    if context.is_main:
+        _name_parts(directory, sorted(part for parts in gathered for part in parts))
+    dist.barrier()
+
+
+def copy_files(files: Iterable[Path], directory: Path) -> None:
+    """Copies files by name into ``directory``."""
+    for file in files:
+        shutil.copyfile(file, directory / file.name)
+
+
+def _name_parts(directory: Path, parts: list[tuple[str, dict[str, int]]]) -> None:
+    if len(parts) == 1:
+        (directory / parts[0][0]).rename(directory / "model.safetensors")
+        return
+    weight_map = {}
+    for number, (part, sizes) in enumerate(parts, 1):
+        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        (directory / part).rename(directory / name)
+        weight_map.update(dict.fromkeys(sizes, name))
+    total = sum(size for _, sizes in parts for size in sizes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

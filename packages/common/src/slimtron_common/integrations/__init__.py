@@ -1,0 +1,1 @@
+"""The only modules that know how the versions of a library differ."""

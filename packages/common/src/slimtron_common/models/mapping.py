@@ -1,0 +1,207 @@
+"""Which Hugging Face tensors make up which Megatron-Core parameter, and how they are cut.
+
+A ``Layout`` knows the two directions for one kind of parameter: ``merge`` cuts this
+tensor-parallel process's shard out of whole Hugging Face tensors, ``split`` turns the shards
+of all processes back into whole Hugging Face tensors. Both act on dimension 0 (output
+channels) or the last (input channels) and leave the others alone, so quantization scales
+travel by the same rules as the weights that they belong to.
+
+Megatron-Core interleaves queries, keys and values by query group, and keeps the gate and the
+up projection of one process next to each other:
+https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/transformer/attention.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from slimtron_common.models.architecture import Architecture
+
+__all__ = ["Layout", "Parameter", "layer_parameters", "model_parameters"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a parameter is cut over tensor-parallel processes; this one is not cut at all."""
+
+    def merge(self, tensors: Sequence[torch.Tensor], tp_rank: int, tp_size: int) -> torch.Tensor:
+        """Returns the shard ``tp_rank`` of the parameter made of whole ``tensors``."""
+        return tensors[0]
+
+    def split(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Returns the whole tensors that the shards of all processes make up."""
+        return [shards[0]]
+
+
+@dataclass(frozen=True, slots=True)
+class Column(Layout):
+    """Cut along dimension 0 (output channels)."""
+
+    def merge(self, tensors: Sequence[torch.Tensor], tp_rank: int, tp_size: int) -> torch.Tensor:
+        return tensors[0].chunk(tp_size, 0)[tp_rank]
+
+    def split(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [torch.cat(list(shards), 0)]
+
+
+@dataclass(frozen=True, slots=True)
+class Row(Layout):
+    """Cut along the last dimension (input channels)."""
+
+    def merge(self, tensors: Sequence[torch.Tensor], tp_rank: int, tp_size: int) -> torch.Tensor:
+        return tensors[0].chunk(tp_size, -1)[tp_rank]
+
+    def split(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [torch.cat(list(shards), -1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary(Layout):
+    """Cut along dimension 0 after padding with zeros to a multiple of the processes."""
+
+    vocab_size: int
+
+    def merge(self, tensors: Sequence[torch.Tensor], tp_rank: int, tp_size: int) -> torch.Tensor:
+        rows = -(-self.vocab_size // tp_size)
+        shard = tensors[0][rows * tp_rank : rows * (tp_rank + 1)]
+        padding = rows - shard.shape[0]
+        return torch.cat([shard, shard.new_zeros(padding, *shard.shape[1:])]) if padding else shard
+
+    def split(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [torch.cat(list(shards), 0)[: self.vocab_size]]
+
+
+@dataclass(frozen=True, slots=True)
+class Gated(Layout):
+    """Gate over up projection; each process holds its part of both."""
+
+    def merge(self, tensors: Sequence[torch.Tensor], tp_rank: int, tp_size: int) -> torch.Tensor:
+        return torch.cat([tensor.chunk(tp_size, 0)[tp_rank] for tensor in tensors], 0)
+
+    def split(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        halves = [shard.chunk(2, 0) for shard in shards]
+        return [torch.cat([half[i] for half in halves], 0) for i in range(2)]
+
+
+@dataclass(frozen=True, slots=True)
+class QueryKeyValue(Layout):
+    """For each query group: its query heads, then its key head, then its value head."""
+
+    num_query_groups: int
+    queries_per_group: int
+    head_dim: int
+
+    def merge(self, tensors: Sequence[torch.Tensor], tp_rank: int, tp_size: int) -> torch.Tensor:
+        rest = tensors[0].shape[1:]
+        grouped = torch.cat(
+            [tensor.reshape(self.num_query_groups, -1, *rest) for tensor in tensors], 1
+        )
+        return grouped.chunk(tp_size, 0)[tp_rank].reshape(-1, *rest)
+
+    def split(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        whole = torch.cat(list(shards), 0)
+        rest = whole.shape[1:]
+        sizes = [self.queries_per_group * self.head_dim, self.head_dim, self.head_dim]
+        grouped = whole.reshape(self.num_query_groups, sum(sizes), *rest)
+        return [part.reshape(-1, *rest) for part in grouped.split(sizes, 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One Megatron-Core parameter and the Hugging Face tensors that it is made of."""
+
+    names: tuple[str, ...]
+    """Possible names in the Megatron-Core model: the local layer spec's, then Transformer
+    Engine's, whose linear layers hold the norm before them."""
+
+    hf_names: tuple[str, ...]
+    hf_shapes: tuple[tuple[int, ...], ...]
+    layout: Layout
+
+
+def model_parameters(architecture: Architecture) -> Iterator[tuple[int | None, Parameter]]:
+    """Yields every parameter of the whole model with its layer (from 0; None outside layers).
+
+    Megatron-Core numbers the layers of a pipeline stage from 0: the names hold the field
+    ``{layer}`` for the local number.
+    """
+    a = architecture
+    embedding = (a.vocab_size, a.hidden_size)
+    yield None, Parameter(
+        ("embedding.word_embeddings.weight",),
+        ("model.embed_tokens.weight",),
+        (embedding,),
+        Vocabulary(a.vocab_size),
+    )
+    for layer in range(a.num_layers):
+        for parameter in layer_parameters(architecture, layer):
+            yield layer, parameter
+    yield None, Parameter(
+        ("decoder.final_layernorm.weight",), ("model.norm.weight",), ((a.hidden_size,),), Layout()
+    )
+    if not a.tied_embeddings:
+        yield None, Parameter(
+            ("output_layer.weight",), ("lm_head.weight",), (embedding,), Vocabulary(a.vocab_size)
+        )
+
+
+def layer_parameters(architecture: Architecture, layer: int) -> Iterator[Parameter]:
+    """Yields the parameters of one transformer layer, ``layer`` counted from 0."""
+    a = architecture
+    h, f, q, kv = a.hidden_size, a.ffn_hidden_size, a.query_size, a.key_value_size
+    megatron, hf = "decoder.layers.{layer}", f"model.layers.{layer}"
+    attention, mlp = f"{megatron}.self_attention", f"{megatron}.mlp"
+    qkv = QueryKeyValue(a.num_query_groups, a.num_attention_heads // a.num_query_groups, a.head_dim)
+    qkv_names = [f"{hf}.self_attn.{x}_proj" for x in "qkv"]
+
+    yield Parameter(
+        (f"{megatron}.input_layernorm.weight", f"{attention}.linear_qkv.layer_norm_weight"),
+        (f"{hf}.input_layernorm.weight",),
+        ((h,),),
+        Layout(),
+    )
+    yield Parameter(
+        (f"{attention}.linear_qkv.weight",),
+        tuple(f"{name}.weight" for name in qkv_names),
+        ((q, h), (kv, h), (kv, h)),
+        qkv,
+    )
+    if a.qkv_bias:
+        yield Parameter(
+            (f"{attention}.linear_qkv.bias",),
+            tuple(f"{name}.bias" for name in qkv_names),
+            ((q,), (kv,), (kv,)),
+            qkv,
+        )
+    if a.qk_norm:
+        for x in "qk":
+            yield Parameter(
+                (f"{attention}.{x}_layernorm.weight",),
+                (f"{hf}.self_attn.{x}_norm.weight",),
+                ((a.head_dim,),),
+                Layout(),
+            )
+    yield Parameter(
+        (f"{attention}.linear_proj.weight",),
+        (f"{hf}.self_attn.o_proj.weight",),
+        ((h, q),),
+        Row(),
+    )
+    yield Parameter(
+        (f"{megatron}.pre_mlp_layernorm.weight", f"{mlp}.linear_fc1.layer_norm_weight"),
+        (f"{hf}.post_attention_layernorm.weight",),
+        ((h,),),
+        Layout(),
+    )
+    yield Parameter(
+        (f"{mlp}.linear_fc1.weight",),
+        (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight"),
+        ((f, h), (f, h)),
+        Gated(),
+    )
+    yield Parameter(
+        (f"{mlp}.linear_fc2.weight",), (f"{hf}.mlp.down_proj.weight",), ((h, f),), Row()
+    )

@@ -1,0 +1,257 @@
+"""Start the processes' groups and know this process's place in them."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from slimtron_common.backend.cpu import cpu_backend
+from slimtron_common.errors import ParallelismError
+from slimtron_common.parallel.config import ParallelConfig
+
+__all__ = ["ParallelContext", "initialize_parallel"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelContext:
+    """This process's rank, the size and the group of every parallel axis.
+
+    A context manager: leaving it takes down what ``initialize_parallel`` set up.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tp_rank: int
+    tp_size: int
+    tp_group: dist.ProcessGroup
+    pp_rank: int
+    pp_size: int
+    pp_group: dist.ProcessGroup
+    cp_rank: int
+    cp_size: int
+    cp_group: dist.ProcessGroup
+    ep_rank: int
+    ep_size: int
+    ep_group: dist.ProcessGroup
+    dp_rank: int
+    dp_size: int
+    dp_group: dist.ProcessGroup
+    """Data parallelism without context parallelism: the ranks that see different sequences."""
+    dp_cp_group: dist.ProcessGroup
+    """Data and context parallelism: the ranks that see different tokens."""
+    sequence_parallel: bool
+    _teardown: contextlib.ExitStack = field(repr=False, compare=False)
+
+    @classmethod
+    def from_megatron(
+        cls,
+        *,
+        device: torch.device | None = None,
+        sequence_parallel: bool = False,
+        teardown: contextlib.ExitStack | None = None,
+    ) -> ParallelContext:
+        """Reads the groups that Megatron (or NeMo) has already initialised.
+
+        Raises:
+            ParallelismError: Megatron's model-parallel groups do not exist.
+        """
+        if not parallel_state.is_initialized():
+            raise ParallelismError(
+                "Megatron's model-parallel groups do not exist",
+                hint="call slimtron_common.initialize_parallel(ParallelConfig(...)) first, or run "
+                "inside your trainer after it has set up its strategy",
+            )
+        if device is None:
+            cuda = torch.cuda.is_available()
+            device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        return cls(
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            device=device,
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+            pp_group=parallel_state.get_pipeline_model_parallel_group(),
+            cp_rank=parallel_state.get_context_parallel_rank(),
+            cp_size=parallel_state.get_context_parallel_world_size(),
+            cp_group=parallel_state.get_context_parallel_group(),
+            ep_rank=parallel_state.get_expert_model_parallel_rank(),
+            ep_size=parallel_state.get_expert_model_parallel_world_size(),
+            ep_group=parallel_state.get_expert_model_parallel_group(),
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            dp_group=parallel_state.get_data_parallel_group(),
+            dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            sequence_parallel=sequence_parallel,
+            _teardown=teardown or contextlib.ExitStack(),
+        )
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that reports and renames."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this pipeline stage holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this pipeline stage computes the logits."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this process writes its pipeline stage's weights to disk."""
+        return self.tp_rank == 0 and self.dp_rank == 0 and self.cp_rank == 0
+
+    def barrier(self) -> None:
+        """Waits for every process."""
+        dist.barrier()
+
+    def shutdown(self) -> None:
+        """Destroys the groups that ``initialize_parallel`` created; idempotent."""
+        self._teardown.close()
+
+    def __enter__(self) -> ParallelContext:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+
+def initialize_parallel(
+    config: ParallelConfig | None = None,
+    *,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    seed: int = 1234,
+    timeout_minutes: float = 30.0,
+) -> ParallelContext:
+    """Sets up torch.distributed and Megatron's groups, from torchrun's environment or alone.
+
+    Uses NCCL on GPUs and gloo on the CPU; on the CPU it also enters ``cpu_backend()``. A
+    default process group that already exists is used and left alone at the end.
+
+    Args:
+        config: The parallel layout; one process without it.
+        device: ``auto`` takes a GPU where there is one.
+        seed: Seeds torch and Megatron's random-number tracker.
+        timeout_minutes: How long a collective waits for a process that is late.
+
+    Raises:
+        ParallelismError: The layout does not fit the processes or the GPUs.
+    """
+    config = config or ParallelConfig()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with contextlib.ExitStack() as stack:
+        if device == "cpu":
+            stack.enter_context(cpu_backend())
+        if not dist.is_initialized():
+            _init_process_group(device, timeout_minutes)
+            stack.callback(dist.destroy_process_group)
+        check_world_size(config, dist.get_world_size())
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor_parallel_size,
+            pipeline_model_parallel_size=config.pipeline_parallel_size,
+            context_parallel_size=config.context_parallel_size,
+            expert_model_parallel_size=config.expert_parallel_size,
+            distributed_timeout_minutes=round(timeout_minutes),
+        )
+        stack.callback(parallel_state.destroy_model_parallel)
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed)
+        return ParallelContext.from_megatron(
+            device=torch.device("cpu") if device == "cpu" else None,
+            sequence_parallel=config.sequence_parallel,
+            teardown=stack.pop_all(),
+        )
+
+
+def check_world_size(config: ParallelConfig, world_size: int) -> None:
+    """Refuses a layout that the number of processes cannot hold.
+
+    Raises:
+        ParallelismError: With the command that starts the right number of processes.
+    """
+    needed = config.model_parallel_size
+    if world_size % needed:
+        raise ParallelismError(
+            f"tensor {config.tensor_parallel_size} x pipeline {config.pipeline_parallel_size} x "
+            f"context {config.context_parallel_size} parallelism needs {needed} processes for a "
+            "copy of the model",
+            where="parallel",
+            found=f"{world_size} process{'es' if world_size > 1 else ''}",
+            allowed=f"a multiple of {needed}",
+            hint=f"start it with: torchrun --nproc-per-node {needed} -m slimtron_quant run ...",
+        )
+    rest = world_size // config.tensor_parallel_size // config.pipeline_parallel_size
+    if rest % config.expert_parallel_size:
+        raise ParallelismError(
+            "expert parallelism must divide the processes left beside tensor and pipeline "
+            "parallelism",
+            where="parallel.expert_parallel_size",
+            found=config.expert_parallel_size,
+            allowed=f"a divisor of {rest}",
+        )
+
+
+def world_size_from_environment() -> int:
+    """The number of processes that the launcher started (1 without a launcher)."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
+def _init_process_group(device: str, timeout_minutes: float) -> None:
+    environment = os.environ
+    # srun starts one task a process; give torch the names it reads.
+    for name, slurm in (
+        ("RANK", "SLURM_PROCID"),
+        ("LOCAL_RANK", "SLURM_LOCALID"),
+        ("WORLD_SIZE", "SLURM_NTASKS"),
+    ):
+        if name not in environment and slurm in environment:
+            environment[name] = environment[slurm]
+    world_size = int(environment.get("WORLD_SIZE", "1"))
+    backend, timeout = "gloo", datetime.timedelta(minutes=timeout_minutes)
+    if device == "cuda":
+        backend = "nccl"
+        local_rank = int(environment.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise ParallelismError(
+                "there are more processes on this host than GPUs",
+                where="LOCAL_RANK",
+                found=local_rank,
+                allowed=f"below {torch.cuda.device_count()}",
+                hint="lower torchrun's --nproc-per-node",
+            )
+        torch.cuda.set_device(local_rank)
+    if world_size == 1:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        raise ParallelismError(
+            f"{world_size} processes are announced, but the launcher's {', '.join(missing)} "
+            "is missing from the environment",
+            where="WORLD_SIZE",
+            found=world_size,
+            hint="start the job with torchrun, or export MASTER_ADDR and MASTER_PORT under Slurm",
+        )
+    dist.init_process_group(backend, timeout=timeout)

@@ -1,0 +1,89 @@
+"""Walk a model forward over batches through Megatron's own pipeline schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from slimtron_common.errors import ParallelismError
+from slimtron_common.parallel.context import ParallelContext
+from slimtron_common.parallel.unwrap import unwrap_chunks
+
+__all__ = ["forward_only"]
+
+OnLogits = Callable[[int, torch.Tensor], None]
+
+
+@torch.no_grad()
+def forward_only(
+    model: Any,
+    batches: Sequence[torch.Tensor],
+    context: ParallelContext,
+    on_logits: OnLogits | None = None,
+) -> None:
+    """Runs every batch through the whole model, at any pipeline size, without gradients.
+
+    All ranks of a model replica pass the same batches. Batches of one shape form one run of
+    the schedule, because a pipeline's receive buffers have one shape a run; a shorter last
+    batch becomes a run of its own, so nothing is padded or dropped.
+
+    Args:
+        model: A Megatron-Core model or what holds it; its mode (train or eval) is kept.
+        batches: Token ids, each ``[b, s]`` int64.
+        context: This process's place.
+        on_logits: Called on the last pipeline stage as ``on_logits(index, logits)``, with the
+            index into ``batches`` and logits ``[b, s, v/tp]``.
+
+    Raises:
+        ParallelismError: Context parallelism, which the schedule does not cut batches for.
+    """
+    if context.cp_size > 1:
+        raise ParallelismError(
+            "sequences are not cut over context-parallel processes here",
+            where="parallel.context_parallel_size",
+            found=context.cp_size,
+            allowed=1,
+        )
+    chunks = unwrap_chunks(model)
+    run = get_forward_backward_func()
+    for shape, group in groupby(enumerate(batches), key=lambda item: item[1].shape):
+        items = list(group)
+        micro_batch_size, seq_length = shape
+        iterators = [_feed(items, context.device) for _ in chunks]
+        run(
+            forward_step_func=_forward_step(on_logits),
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(items),
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            decoder_seq_length=seq_length,
+            forward_only=True,
+        )
+
+
+def _feed(
+    items: list[tuple[int, torch.Tensor]], device: torch.device
+) -> Iterator[tuple[int, torch.Tensor]]:
+    for index, tokens in items:
+        yield index, tokens.to(device, non_blocking=True)
+
+
+def _forward_step(on_logits: OnLogits | None) -> Callable[..., Any]:
+    def step(iterator: Iterator[tuple[int, torch.Tensor]], model: Any) -> tuple[Any, Any]:
+        index, tokens = next(iterator)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        output = model(tokens, positions, None)
+
+        def finish(logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+            if on_logits is not None:
+                on_logits(index, logits)
+            return logits.new_zeros(1), {}
+
+        return output, finish
+
+    return step
