@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import socket
 import uuid
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from slimtron_common.errors import CheckpointError
 
-__all__ = ["atomic_directory", "atomic_write", "check_writable"]
+__all__ = ["atomic_directory", "atomic_write", "check_writable", "publish_directory"]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -40,6 +41,8 @@ def check_writable(path: Path, *, overwrite: bool, required_bytes: int | None = 
     path = path.resolve()
     if path.exists() and not path.is_dir():
         raise CheckpointError("is a file, not a directory", where=path)
+    if Path.cwd().is_relative_to(path):
+        raise CheckpointError("is, or holds, the current directory", where=path)
     if path.is_mount():
         raise CheckpointError(
             "is a mount point, which cannot be replaced as a whole",
@@ -103,6 +106,26 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def publish_directory(source: Path, path: Path, *, overwrite: bool = False) -> None:
+    """Moves a finished directory to ``path`` in one step, as `atomic_directory` does at its end.
+
+    Args:
+        source: The directory, on the file system of ``path``.
+        path: Its new name; its parent exists.
+        overwrite: Whether a directory with content may be replaced.
+
+    Raises:
+        CheckpointError: As `check_writable`.
+    """
+    path = path.resolve()
+    _recover(path)
+    check_writable(path, overwrite=overwrite)
+    _flush_tree(source)
+    _move_into_place(source, path, overwrite=overwrite)
+    # Holds what was replaced.
+    shutil.rmtree(source, ignore_errors=True)
+
+
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Writes a file whole or not at all, replacing the one that is there.
 
@@ -111,6 +134,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         data: The content; text is written as UTF-8.
     """
     path = path.resolve()
+    _recover(path)
     temporary = _sibling(path, "tmp")
     try:
         with open(temporary, "xb") as file:
@@ -131,13 +155,12 @@ def _sibling(path: Path, role: str) -> Path:
 
 def _leftovers(path: Path, role: str) -> list[Path]:
     """Returns the siblings of ``path`` that dead processes of this machine left behind."""
-    prefix = f".{path.name}.{role}-{socket.gethostname()}-"
-    return [
-        sibling
-        for sibling in path.parent.glob("*")
-        if sibling.name.startswith(prefix)
-        and not _is_alive(int(sibling.name.removeprefix(prefix).partition("-")[0]))
-    ]
+    head = re.escape(f".{path.name}.{role}-{socket.gethostname()}-")
+    matches = (
+        re.fullmatch(head + "([0-9]+)-[0-9a-f]{8}", sibling.name)
+        for sibling in path.parent.glob(".*")
+    )
+    return [path.with_name(m.string) for m in matches if m and not _is_alive(int(m[1]))]
 
 
 def _is_alive(pid: int) -> bool:
@@ -157,7 +180,10 @@ def _recover(path: Path) -> None:
         else:
             old.rename(path)
     for temporary in _leftovers(path, "tmp"):
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink()
 
 
 def _move_into_place(temporary: Path, path: Path, *, overwrite: bool) -> None:
@@ -172,7 +198,11 @@ def _move_into_place(temporary: Path, path: Path, *, overwrite: bool) -> None:
         if not _exchange(temporary, path):
             old = _sibling(path, "old")
             path.rename(old)
-            temporary.rename(path)
+            try:
+                temporary.rename(path)
+            except OSError:
+                old.rename(path)
+                raise
             _flush(path.parent)
             shutil.rmtree(old, ignore_errors=True)
     _flush(path.parent)

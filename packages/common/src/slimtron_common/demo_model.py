@@ -187,14 +187,21 @@ def _weights(reader: GGUFReader, config: dict[str, Any]) -> dict[str, torch.Tens
         if module in num_heads:
             # GGUF pairs neighbouring rows for its rotary embedding, [heads, d/2, 2]; Hugging
             # Face pairs the two halves of a head, [heads, 2, d/2].
-            heads = weight.unflatten(0, (num_heads[module], -1, 2))
-            weight = heads.transpose(1, 2).flatten(0, 2)
+            heads = weight.view(num_heads[module], -1, 2, weight.shape[1])
+            weight = heads.transpose(1, 2).reshape(weight.shape)
         weights[f"{layer}{_MODULES[module]}.{kind}"] = weight.to(torch.bfloat16).contiguous()
     return weights
 
 
 def _write_tokenizer(directory: Path, reader: GGUFReader, config: dict[str, Any]) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    # tokenizers ships no types.
+    from tokenizers import (  # type: ignore[import-untyped]
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+    )
 
     tokens = _field(reader, "tokenizer.ggml.tokens")
     token_types = _field(reader, "tokenizer.ggml.token_type")

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from slimtron_common.evaluation.metrics import (
     MetricAccumulator,
     vocab_parallel_argmax,
@@ -12,7 +14,6 @@ from slimtron_common.evaluation.metrics import (
     vocab_parallel_token_nll,
 )
 from slimtron_common.testing import run_ranks
-from torch import Tensor
 
 VOCAB = 24
 SHAPE = (2, 9, VOCAB)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+
 from slimtron_common.config import build_config, fingerprint, to_dict
 from slimtron_common.errors import ConfigError
 

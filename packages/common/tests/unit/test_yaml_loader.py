@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from slimtron_common.errors import ConfigError
 from slimtron_common.yaml_loader import load_yaml
 

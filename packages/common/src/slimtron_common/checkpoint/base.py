@@ -15,7 +15,7 @@ from slimtron_common.models.architecture import Architecture
 from slimtron_common.models.huggingface import architecture_from_config
 from slimtron_common.parallel.context import ParallelContext
 
-__all__ = ["CONFIG_NAME", "TOKENIZER_FILES", "Checkpoint", "open_checkpoint", "parse_spec"]
+__all__ = ["CONFIG_NAME", "TOKENIZER_FILES", "Checkpoint", "load_tokenizer", "open_checkpoint", "parse_spec"]
 
 CONFIG_NAME = "config.json"
 
@@ -31,6 +31,8 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 """Files that travel unchanged from a model to what is made of it."""
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 _KINDS = ("hf", "megatron")
 
@@ -127,34 +129,36 @@ class Checkpoint(ABC):
         return dtype
 
     def tokenizer(self) -> Any:
-        """Loads the tokenizer beside the weights.
-
-        Raises:
-            CheckpointError: There is none, or it cannot be read.
-        """
-        from transformers import AutoTokenizer
-
-        if not any((self.path / name).is_file() for name in TOKENIZER_FILES[:2]) and not (
-            self.path / "vocab.json"
-        ).is_file():
-            raise CheckpointError(
-                "no tokenizer lies beside the weights",
-                where=self.path,
-                allowed="tokenizer.json, tokenizer.model, or vocab.json with merges.txt",
-                hint="copy the original model's tokenizer files into the directory",
-            )
-        try:
-            return AutoTokenizer.from_pretrained(
-                self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"the tokenizer cannot be read: {error}", where=self.path
-            ) from error
+        """Loads the tokenizer beside the weights; raises as ``load_tokenizer``."""
+        return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
 
     def companion_files(self) -> list[Path]:
         """Tokenizer and generation settings, to be copied to what is made of the model."""
         return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """Loads the tokenizer of a directory, without asking any hub.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((path / name).is_file() for name in _TOKENIZERS):
+        raise CheckpointError(
+            "no tokenizer lies beside the weights",
+            where=path,
+            allowed=" or ".join(_TOKENIZERS),
+            hint="copy the original model's tokenizer files into the directory",
+        )
+    try:
+        return AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    # The tokenizers library raises bare Exceptions for malformed files.
+    except Exception as error:
+        raise CheckpointError(f"the tokenizer cannot be read: {error}", where=path) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -113,8 +113,16 @@ def _name_parts(directory: Path, parts: list[tuple[str, dict[str, int]]]) -> Non
 
 def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
+    # safetensors keeps its files to the owner; a server often runs as someone else.
+    path.chmod(0o666 & ~_umask())
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def _size(tensor: torch.Tensor) -> int:

@@ -1,5 +1,5 @@
 """How good a model is, and how close to its original."""
 
-from slimtron_common.evaluation.evaluate import evaluate
+from slimtron_common.evaluation.evaluate import Distance, Evaluation, evaluate
 
-__all__ = ["evaluate"]
+__all__ = ["Distance", "Evaluation", "evaluate"]

@@ -142,7 +142,7 @@ def _resized(
     attributes: Attributes | tuple[Attributes, ...] | None, block_size: int
 ) -> Attributes | tuple[Attributes, ...] | None:
     if isinstance(attributes, tuple):
-        return tuple({**_resize(item, block_size)} for item in attributes)
+        return tuple(_resize(item, block_size) for item in attributes)
     return None if attributes is None else _resize(attributes, block_size)
 
 
@@ -172,7 +172,7 @@ def _from_mapping(quant_cfg: Mapping[str, Any]) -> Iterator[QuantizerEntry]:
     if "default" in quant_cfg:
         yield _entry("*", quant_cfg["default"])
     for key, value in quant_cfg.items():
-        if key.startswith("nn."):
+        if isinstance(key, str) and key.startswith("nn."):
             for pattern, attributes in value.items():
                 yield _entry(pattern, attributes, parent_class=key)
         elif key != "default":
@@ -180,7 +180,7 @@ def _from_mapping(quant_cfg: Mapping[str, Any]) -> Iterator[QuantizerEntry]:
 
 
 def _entry(
-    pattern: str,
+    pattern: Any,
     attributes: Any,
     *,
     enable: bool | None = None,
@@ -188,7 +188,13 @@ def _entry(
 ) -> QuantizerEntry:
     """Builds an entry, lifting ``enable`` out of the attributes that it may stand among."""
     sequential = isinstance(attributes, (list, tuple))
-    items = [dict(_plain(item)) for item in (attributes if sequential else [attributes or {}])]
+    items = [_plain(item) for item in (attributes if sequential else [attributes or {}])]
+    if not isinstance(pattern, str) or not all(isinstance(item, dict) for item in items):
+        raise ConfigError(
+            "an entry is a pattern of quantizer names with a mapping of attributes",
+            where="quant_cfg",
+            found={pattern: attributes},
+        )
     switches = {item.pop("enable") for item in items if "enable" in item}
     if len(switches) > 1:
         raise ConfigError(

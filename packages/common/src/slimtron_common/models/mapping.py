@@ -27,6 +27,11 @@ __all__ = ["Layout", "Parameter", "layer_parameters", "model_parameters"]
 class Layout:
     """How a parameter is cut over tensor-parallel processes; this one is not cut at all."""
 
+    @property
+    def dim(self) -> int | None:
+        """The dimension that is cut: 0, -1, or None."""
+        return None
+
     def merge(self, tensors: Sequence[torch.Tensor], tp_rank: int, tp_size: int) -> torch.Tensor:
         """Returns the shard ``tp_rank`` of the parameter made of whole ``tensors``."""
         return tensors[0]
@@ -37,19 +42,21 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Column(Layout):
+class OutputCut(Layout):
     """Cut along dimension 0 (output channels)."""
 
-    def merge(self, tensors: Sequence[torch.Tensor], tp_rank: int, tp_size: int) -> torch.Tensor:
-        return tensors[0].chunk(tp_size, 0)[tp_rank]
-
-    def split(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [torch.cat(list(shards), 0)]
+    @property
+    def dim(self) -> int | None:
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
 class Row(Layout):
     """Cut along the last dimension (input channels)."""
+
+    @property
+    def dim(self) -> int | None:
+        return -1
 
     def merge(self, tensors: Sequence[torch.Tensor], tp_rank: int, tp_size: int) -> torch.Tensor:
         return tensors[0].chunk(tp_size, -1)[tp_rank]
@@ -59,7 +66,7 @@ class Row(Layout):
 
 
 @dataclass(frozen=True, slots=True)
-class Vocabulary(Layout):
+class Vocabulary(OutputCut):
     """Cut along dimension 0 after padding with zeros to a multiple of the processes."""
 
     vocab_size: int
@@ -75,7 +82,7 @@ class Vocabulary(Layout):
 
 
 @dataclass(frozen=True, slots=True)
-class Gated(Layout):
+class Gated(OutputCut):
     """Gate over up projection; each process holds its part of both."""
 
     def merge(self, tensors: Sequence[torch.Tensor], tp_rank: int, tp_size: int) -> torch.Tensor:
@@ -87,7 +94,7 @@ class Gated(Layout):
 
 
 @dataclass(frozen=True, slots=True)
-class QueryKeyValue(Layout):
+class QueryKeyValue(OutputCut):
     """For each query group: its query heads, then its key head, then its value head."""
 
     num_query_groups: int

@@ -12,11 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from slimtron_common.errors import MissingDependencyError, ParallelismError
+from slimtron_common.errors import (
+    MissingDependencyError,
+    ParallelismError,
+    UnsupportedModelError,
+)
 from slimtron_common.models.architecture import Architecture
 from slimtron_common.parallel.context import ParallelContext
 
-__all__ = ["LayerSpec", "build_model", "transformer_engine_available", "transformer_config"]
+__all__ = [
+    "LayerSpec",
+    "architecture_of",
+    "build_model",
+    "transformer_config",
+    "transformer_engine_available",
+]
 
 LayerSpec = Literal["auto", "local", "transformer_engine"]
 
@@ -77,6 +87,59 @@ def build_model(
     return built
 
 
+def architecture_of(model: Any) -> Architecture:
+    """Reads the architecture off a model that somebody else built.
+
+    Args:
+        model: A bare ``GPTModel``.
+
+    Raises:
+        UnsupportedModelError: The model is not of the Llama family.
+    """
+    config = model.config
+    differences = [
+        name
+        for name, wanted, found in (
+            ("normalization", "RMSNorm", config.normalization),
+            ("gated_linear_unit", True, config.gated_linear_unit),
+            ("activation_func", F.silu, config.activation_func),
+            ("add_bias_linear", False, config.add_bias_linear),
+            ("num_moe_experts", None, config.num_moe_experts),
+            ("multi_latent_attention", False, config.multi_latent_attention),
+            ("position_embedding_type", "rope", model.position_embedding_type),
+        )
+        if found != wanted
+    ]
+    if differences:
+        raise UnsupportedModelError(
+            "the model is not of the Llama family",
+            found=", ".join(f"{n} {getattr(config, n, None)!r}" for n in differences),
+            allowed="RMSNorm, SwiGLU, RoPE, no biases but in QKV, dense layers",
+        )
+    rotary = getattr(model, "rotary_pos_emb", None)
+    qk_norm, qkv_bias = bool(config.qk_layernorm), bool(config.add_qkv_bias)
+    return Architecture(
+        family="qwen3" if qk_norm else "qwen2" if qkv_bias else "llama",
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups or config.num_attention_heads,
+        head_dim=config.kv_channels,
+        vocab_size=model.vocab_size,
+        max_position_embeddings=model.max_sequence_length,
+        norm_epsilon=config.layernorm_epsilon,
+        rotary_base=float(model.rotary_base),
+        rotary_scaling_factor=_rotary_scaling_factor(model),
+        rotary_interpolation=getattr(rotary, "seq_len_interpolation_factor", None),
+        tied_embeddings=model.share_embeddings_and_output_weights,
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+        sliding_window=None if config.window_size is None else config.window_size[0] + 1,
+        dtype=str(config.params_dtype).removeprefix("torch."),
+    )
+
+
 def transformer_config(
     architecture: Architecture, context: ParallelContext, *, dtype: torch.dtype
 ) -> Any:
@@ -124,6 +187,15 @@ def transformer_config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )
+
+
+def _rotary_scaling_factor(model: Any) -> float | None:
+    # Megatron-Core does not keep the factor; Llama 3's scaling divides the lowest frequency by it.
+    if not model.rotary_scaling:
+        return None
+    dim = model.config.kv_channels
+    unscaled = float(model.rotary_base) ** (-(dim - 2) / dim)
+    return round(unscaled / float(model.rotary_pos_emb.inv_freq[-1]), 3)
 
 
 def _rotary_base(architecture: Architecture) -> float | int:

@@ -216,6 +216,11 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
 
 
+def rank_from_environment() -> int:
+    """This process's number among those that the launcher started (0 without a launcher)."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
 def _init_process_group(device: str, timeout_minutes: float) -> None:
     environment = os.environ
     # srun starts one task a process; give torch the names it reads.

@@ -1,0 +1,118 @@
+"""The arguments that ``run`` and ``plan`` share, and the config that they make."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slimtron_quant.job.config import QuantJobConfig
+
+__all__ = ["add_job_arguments", "job_config"]
+
+# Flag, field of QuantJobConfig, type, metavar, help.
+_FLAGS: tuple[tuple[str, tuple[tuple[str, str, type, str, str], ...]], ...] = (
+    (
+        "what",
+        (
+            ("--model", "model", str, "KIND:DIR", "hf:DIR or megatron:DIR"),
+            ("--recipe", "quantization.algorithm", str, "NAME", "see `slimtron-quant recipes`"),
+            ("--out", "export.path", str, "DIR", "the directory to write"),
+            ("--export-dtype", "export.dtype", str, "TYPE", "of what stays unquantized: bf16, 16, 32"),
+            ("--sq-alpha", "quantization.sq_alpha", float, "A", "SmoothQuant's strength, 0 to 1"),
+        ),
+    ),
+    (
+        "text",
+        (
+            ("--data", "quantization.calibration_dataset", str, "SOURCE",
+             "text to calibrate and evaluate with: pydoc, a .txt, .jsonl or .parquet file, or "
+             "hf:NAME[,CONFIG][:SPLIT]"),
+            ("--calib-size", "quantization.calibration_dataset_size", int, "N", "sequences"),
+            ("--calib-seq-len", "quantization.calibration_seq_len", int, "N", "tokens in one"),
+            ("--calib-batch-size", "quantization.calibration_batch_size", int, "N",
+             "sequences in a micro-batch"),
+            ("--eval-data", "evaluation.source", str, "SOURCE", "other text to evaluate with"),
+            ("--eval-tokens", "evaluation.num_tokens", int, "N", "tokens to evaluate on"),
+            ("--eval-seq-len", "evaluation.seq_length", int, "N", "tokens in a sequence"),
+            ("--eval-batch-size", "evaluation.micro_batch_size", int, "N",
+             "sequences in a micro-batch"),
+        ),
+    ),
+    (
+        "machine",
+        (
+            ("--tp", "parallel.tensor_parallel_size", int, "N", "tensor-parallel processes"),
+            ("--pp", "parallel.pipeline_parallel_size", int, "N", "pipeline stages"),
+            ("--dtype", "dtype", str, "TYPE", "to compute in: auto, float32, bfloat16, float16"),
+            ("--device", "device", str, "NAME", "auto, cpu or cuda"),
+            ("--seed", "seed", int, "N", "seeds the order of the text"),
+        ),
+    ),
+)  # fmt: skip
+
+
+def add_job_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that describe a job."""
+    parser.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="the job's settings"
+    )
+    for title, flags in _FLAGS:
+        group = parser.add_argument_group(title)
+        for flag, field, kind, metavar, text in flags:
+            group.add_argument(flag, dest=field, type=kind, metavar=metavar, help=text)
+        if title == "what":
+            group.add_argument(
+                "--block-size",
+                dest="quantization.awq_block_size",
+                type=_block_size,
+                metavar="N",
+                help="input channels that share a scale in int4 and int4_awq, or auto",
+            )
+            group.add_argument(
+                "--exclude",
+                dest="quantization.exclude",
+                action="append",
+                metavar="PATTERN",
+                help="modules to leave as they are; may be repeated",
+            )
+        if title == "machine":
+            group.add_argument(
+                "--sequence-parallel",
+                dest="parallel.sequence_parallel",
+                action="store_true",
+                default=None,
+                help="cut activations over the tensor-parallel processes",
+            )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="sets any field of the config, such as parallel.tensor_parallel_size=2",
+    )
+
+
+def job_config(args: argparse.Namespace) -> QuantJobConfig:
+    """Builds the config: the YAML file, then flags, then ``--set``, later ones winning.
+
+    Raises:
+        ConfigError: With the field that is wrong.
+    """
+    from slimtron_common.config import build_config
+    from slimtron_quant.job.config import QuantJobConfig
+
+    flags = {
+        field: value
+        for field, value in vars(args).items()
+        if field.split(".")[0] in QuantJobConfig.__dataclass_fields__
+    }
+    return build_config(
+        QuantJobConfig, file=args.config, overrides=args.overrides, flags=flags
+    )
+
+
+def _block_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)

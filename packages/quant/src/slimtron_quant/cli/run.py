@@ -1,0 +1,47 @@
+"""``slimtron-quant run``: quantize, prove, export, reload, report."""
+
+from __future__ import annotations
+
+import argparse
+
+from slimtron_quant.cli.job_arguments import add_job_arguments, job_config
+
+HELP = "quantize a model, prove it before and after, and export it"
+EPILOG = """\
+examples:
+  slimtron-common demo-model smollm2
+  slimtron-quant run --model hf:smollm2 --recipe fp8 --out smollm2-fp8 --data pydoc \\
+      --calib-size 4 --calib-seq-len 512 --calib-batch-size 1
+  slimtron-quant run job.yaml --set quantization.algorithm=int4_awq
+  torchrun --nproc-per-node 3 -m slimtron_quant run job.yaml --tp 3
+
+exit codes: 0 done, 1 failed, 2 refused
+"""
+
+
+def register(parser: argparse.ArgumentParser) -> None:
+    """Adds the subcommand's arguments."""
+    add_job_arguments(parser)
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume", action="store_true", help="go on with the unfinished run of this output"
+    )
+    existing.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Runs the job and prints the comparison."""
+    config = job_config(args)
+
+    from slimtron_common.parallel.context import rank_from_environment
+    from slimtron_common.report import print_comparison
+    from slimtron_quant.job.preflight import preflight
+    from slimtron_quant.job.run import run
+
+    plan = preflight(config, resume=args.resume, overwrite=args.overwrite)
+    comparison = run(plan, resume=args.resume, overwrite=args.overwrite)
+    if rank_from_environment() == 0:
+        print_comparison(comparison)
+        print(f"model   {config.output}")
+        print(f"report  {config.output / 'report.html'}")
+    return 0

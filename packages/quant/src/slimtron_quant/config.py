@@ -1,0 +1,182 @@
+"""What to quantize to, what to calibrate with, and what to write.
+
+Names, order and defaults are those of NeMo 2's ``llm.modelopt``; where a default differs, the
+field says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from slimtron_common.errors import ConfigError
+from slimtron_quant.recipes import recipe_named
+
+__all__ = ["ExportConfig", "QuantizationConfig"]
+
+_KV_CACHE_FORMATS = ("fp8", "nvfp4")
+_EXPORT_FORMATS = ("hf", "nemo", "trtllm")
+_DTYPES = {
+    "bf16": "bfloat16",
+    "16": "float16",
+    "fp16": "float16",
+    "32": "float32",
+    "fp32": "float32",
+}
+_NEMO_DATASETS = {
+    "cnn_dailymail": ("hf:cnn_dailymail,3.0.0:train", "article"),
+    "wikitext": ("hf:wikitext,wikitext-103-v1:train", "text"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationConfig:
+    """How to quantize a model, and the text that calibrates it."""
+
+    algorithm: str | None = "fp8"
+    """Recipe, one of ``slimtron-quant recipes``; None leaves the weights as they are."""
+
+    awq_block_size: int | Literal["auto"] = 128
+    """Input channels that share a weight scale in the recipes with blocks (``int4_awq`` and
+    ``int4``). It must divide every quantized layer's input dimension; ``auto`` takes the
+    largest that does. NeMo left ``int4`` at 128 and found a misfit at export, after
+    calibrating."""
+
+    sq_alpha: float = 0.5
+    """SmoothQuant's migration strength, from 0 (all difficulty stays with the activations) to 1
+    (all goes to the weights). NeMo ignored it and always ran ModelOpt's 1.0."""
+
+    enable_kv_cache: bool | None = None
+    """Whether to quantize the KV cache. None is off; NeMo switched it on for most recipes,
+    which made weight-only recipes calibrate. On is refused in this version."""
+
+    kv_cache_qformat: str = "fp8"
+    """Format of a quantized KV cache: fp8 or nvfp4."""
+
+    calibration_dataset: str = "cnn_dailymail"
+    """Text to calibrate with: ``pydoc``, a file (.txt, .jsonl, .json, .parquet), or
+    ``hf:NAME[,CONFIG][:SPLIT]``. ``cnn_dailymail`` and ``wikitext`` stand for those data sets on
+    the Hugging Face hub."""
+
+    calibration_dataset_size: int = 512
+    """Sequences to calibrate with. Each is packed full with text; NeMo padded short ones with
+    end-of-text tokens, which went into the statistics."""
+
+    calibration_batch_size: int = 64
+    """Sequences in a micro-batch."""
+
+    calibration_seq_len: int = 128
+    """Tokens in a sequence."""
+
+    exclude: tuple[str, ...] = ()
+    """Patterns of Megatron module names to leave unquantized (``*.linear_fc2``,
+    ``decoder.layers.0``), layers counted from 0 over the whole model. A pattern also covers
+    what lies inside the modules that it matches; one that matches nothing is an error."""
+
+    def __post_init__(self) -> None:
+        if self.algorithm is not None:
+            recipe_named(self.algorithm)
+        if self.awq_block_size != "auto":
+            _check_positive("awq_block_size", self.awq_block_size, "a positive integer, or auto")
+        for name in ("dataset_size", "batch_size", "seq_len"):
+            field = f"calibration_{name}"
+            _check_positive(field, getattr(self, field), "a positive integer")
+        _check("sq_alpha", self.sq_alpha, 0 <= self.sq_alpha <= 1, "a number from 0 to 1")
+        _check_choice("kv_cache_qformat", self.kv_cache_qformat, _KV_CACHE_FORMATS)
+        if self.enable_kv_cache:
+            raise ConfigError(
+                "this version does not quantize the KV cache",
+                where="enable_kv_cache",
+                found=self.enable_kv_cache,
+                allowed="false, or nothing",
+            )
+        _check(
+            "calibration_dataset",
+            self.calibration_dataset,
+            bool(self.calibration_dataset.strip()),
+            "pydoc, a file, or hf:NAME",
+        )
+        patterns = self.exclude
+        _check("exclude", patterns, not isinstance(patterns, str), "a list of patterns")
+        object.__setattr__(self, "exclude", tuple(patterns))
+        _check("exclude", patterns, all(self.exclude), "patterns that are not empty")
+
+    @property
+    def calibration_source(self) -> str:
+        """The text source in the form that ``slimtron_common.data`` opens."""
+        return _NEMO_DATASETS.get(self.calibration_dataset, (self.calibration_dataset, ""))[0]
+
+    @property
+    def calibration_text_field(self) -> str:
+        """The field that holds a record's text."""
+        return _NEMO_DATASETS.get(self.calibration_dataset, ("", "text"))[1]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportConfig:
+    """Where and how to write the quantized model."""
+
+    path: Path
+    """Directory to write; a string is taken too."""
+
+    export_format: str = "hf"
+    """``hf``, the unified checkpoint of vLLM, SGLang and TensorRT-LLM. NeMo's default was
+    ``trtllm``. This version refuses ``trtllm`` and ``nemo``."""
+
+    dtype: str | int = "bf16"
+    """Type of what stays unquantized: bf16, 16 or 32. NeMo's HF export ignored it and wrote
+    float16."""
+
+    decoder_type: str | None = None
+    """Decoder name for ``trtllm``; the HF checkpoint takes it from the model."""
+
+    inference_tp: int = 1
+    """Tensor-parallel size for ``trtllm``; an HF checkpoint is cut by the engine loading it."""
+
+    inference_pp: int = 1
+    """Pipeline-parallel size for ``trtllm``; an HF checkpoint is cut by the engine loading it."""
+
+    generate_sample: bool = False
+    """Whether to log what the quantized model makes of two prompts."""
+
+    def __post_init__(self) -> None:
+        _check("path", self.path, bool(str(self.path)), "a directory to write")
+        object.__setattr__(self, "path", Path(self.path))
+        _check_choice("export_format", self.export_format, _EXPORT_FORMATS)
+        if self.export_format != "hf":
+            raise ConfigError(
+                f"this version does not write {self.export_format} checkpoints",
+                where="export_format",
+                found=self.export_format,
+                allowed="hf",
+                hint="TensorRT-LLM reads hf checkpoints too",
+            )
+        _check_choice("dtype", str(self.dtype), tuple(_DTYPES))
+        for field, only in (("decoder_type", None), ("inference_tp", 1), ("inference_pp", 1)):
+            if getattr(self, field) != only:
+                raise ConfigError(
+                    "only trtllm checkpoints have this setting",
+                    where=field,
+                    found=getattr(self, field),
+                    hint=f"leave {field} out: hf checkpoints fit any engine layout",
+                )
+
+    @property
+    def torch_dtype(self) -> str:
+        """``dtype`` by torch's name: bfloat16, float16 or float32."""
+        return _DTYPES[str(self.dtype)]
+
+
+def _check(field: str, found: object, condition: bool, allowed: str) -> None:
+    if not condition:
+        raise ConfigError("out of range", where=field, found=repr(found), allowed=allowed)
+
+
+def _check_positive(field: str, found: object, allowed: str) -> None:
+    # A bool is an int: `true` in a YAML file would count as 1.
+    _check(field, found, type(found) is int and found > 0, allowed)
+
+
+def _check_choice(field: str, found: str, choices: tuple[str, ...]) -> None:
+    _check(field, found, found in choices, ", ".join(choices))

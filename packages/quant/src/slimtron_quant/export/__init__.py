@@ -1,0 +1,1 @@
+"""The quantized model as files, and those files read back without ModelOpt."""

@@ -1,0 +1,217 @@
+"""Read an exported directory back, from its files alone and without ModelOpt."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtron_common.checkpoint.base import CONFIG_NAME, read_json
+from slimtron_common.checkpoint.huggingface import SafetensorsDirectory
+from slimtron_common.checkpoint.weights import bound_parameters, load_weights
+from slimtron_common.errors import CheckpointError
+from slimtron_common.models import Architecture
+from slimtron_common.models.huggingface import architecture_from_config
+from slimtron_common.models.mapping import model_parameters
+from slimtron_common.models.megatron import build_model
+from slimtron_common.parallel import ParallelContext
+from slimtron_quant.export.huggingface import QUANT_CONFIG_NAME
+from slimtron_quant.formats import FORMATS, Format
+
+__all__ = ["ExportedModel"]
+
+
+class ExportedModel:
+    """A quantized Hugging Face directory.
+
+    Args:
+        path: The directory.
+
+    Raises:
+        CheckpointError: A file is missing, corrupt, or contradicts another.
+        UnsupportedModelError: The architecture or format is unknown.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        config = read_json(path / CONFIG_NAME)
+        announced = config.pop("quantization_config", None)
+        if not isinstance(announced, dict):
+            raise CheckpointError(
+                "the model is not quantized", where=path / CONFIG_NAME, found="no quantization_config"
+            )
+        self.architecture: Architecture = architecture_from_config(
+            config, source=str(path / CONFIG_NAME)
+        )
+        self.quantization = read_json(path / QUANT_CONFIG_NAME).get("quantization", {})
+        self.dtype: torch.dtype = getattr(torch, self.architecture.dtype)
+        self.tensors = SafetensorsDirectory(path)
+        self._check_announcements(announced)
+        self._check_tensors()
+
+    @cached_property
+    def formats(self) -> dict[str, Format]:
+        """Format of every quantized module by its Hugging Face name."""
+        mixed = self.quantization.get("quantized_layers", {})
+        excluded = set(self.quantization.get("exclude_modules", []))
+        found = {}
+        for module in self._linear_modules:
+            settings = mixed.get(module) if mixed else self.quantization
+            if settings and module not in excluded:
+                found[module] = self._format(settings)
+        return found
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over all parameters, scales and unquantized tensors included."""
+        bits = sum(_bits(*header) for header in self.tensors.headers.values())
+        parameters = sum(
+            torch.Size(shape).numel()
+            for _, rule in model_parameters(self.architecture)
+            for shape in rule.hf_shapes
+        )
+        return bits / parameters
+
+    def read(self, name: str) -> Tensor:
+        """Returns a weight by its Hugging Face name, decoded to float32 where it was packed.
+
+        A factor on the input (``pre_quant_scale``) stays with the input: see ``build``.
+        """
+        module = name.removesuffix(".weight")
+        fmt = self.formats.get(module)
+        if fmt is None:
+            return self.tensors.read(name)
+        return fmt.unpack(self._packed(module), dtype=torch.float32, shape=self._shapes[name])
+
+    def check_values(self) -> None:
+        """Reads and decodes every tensor.
+
+        Raises:
+            CheckpointError: One has another type or shape than its layout says, a scale is not
+                a positive number, or a value is not finite.
+        """
+        for name in self._shapes:
+            if not bool(self.read(name).isfinite().all()):
+                raise CheckpointError("a weight is not finite", where=self.path, found=name)
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        """Type to run the model in: as stored on a GPU, float32 on the CPU."""
+        return self.dtype if device.type == "cuda" else torch.float32
+
+    def build(self, context: ParallelContext, *, dtype: torch.dtype) -> nn.Module:
+        """Builds a Megatron-Core model that computes what an engine would compute.
+
+        Weights are decoded; inputs are multiplied by their factor and rounded to the format
+        by hooks, with arithmetic of our own.
+
+        Args:
+            context: This process's place.
+            dtype: Type to compute in.
+        """
+        # Transformer Engine's fused layers would hide the linear layer's input from the hook.
+        model = build_model(self.architecture, context, dtype=dtype, layer_spec="local")
+        load_weights(model, self.architecture, context, self.read)
+        for bound in bound_parameters(model, self.architecture):
+            module = bound.rule.hf_names[0].removesuffix(".weight")
+            if module not in self.formats or bound.is_copy:
+                continue
+            packed = self._packed(module)
+            factor, scale = packed.get("pre_quant_scale"), packed.get("input_scale")
+            if factor is not None and bound.rule.layout.dim == -1:
+                factor = factor.chunk(context.tp_size)[context.tp_rank]
+            hook = _InputHook(self.formats[module], factor, scale, context.device)
+            model.get_submodule(bound.name.removesuffix(".weight")).register_forward_pre_hook(hook)
+        self.tensors.close()
+        return model
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            name: shape
+            for _, rule in model_parameters(self.architecture)
+            for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True)
+        }
+
+    @cached_property
+    def _linear_modules(self) -> list[str]:
+        return [
+            name.removesuffix(".weight")
+            for name, shape in self._shapes.items()
+            if len(shape) == 2 and "embed_tokens" not in name
+        ]
+
+    def _packed(self, module: str) -> dict[str, Tensor]:
+        prefix = f"{module}."
+        return {
+            name.removeprefix(prefix): self.tensors.read(name)
+            for name in self._names_of.get(module, [])
+        }
+
+    @cached_property
+    def _names_of(self) -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {}
+        for name in self.tensors.names:
+            names.setdefault(name.rpartition(".")[0], []).append(name)
+        return names
+
+    def _format(self, settings: dict[str, Any]) -> Format:
+        for fmt in FORMATS.values():
+            expected = fmt.settings(settings.get("group_size"))
+            if all(settings.get(key) == value for key, value in expected.items()):
+                return fmt
+        raise CheckpointError(
+            "the quantization is of no known format",
+            where=self.path / QUANT_CONFIG_NAME,
+            found=settings,
+            allowed=", ".join(sorted({fmt.quant_algo for fmt in FORMATS.values()})),
+        )
+
+    def _check_announcements(self, announced: dict[str, Any]) -> None:
+        for key, ours in (
+            ("quant_algo", self.quantization.get("quant_algo")),
+            ("ignore", self.quantization.get("exclude_modules")),
+        ):
+            if announced.get(key) != ours:
+                raise CheckpointError(
+                    f"{CONFIG_NAME} and {QUANT_CONFIG_NAME} disagree on {key}",
+                    where=self.path,
+                    found=f"{announced.get(key)!r} and {ours!r}",
+                )
+
+    def _check_tensors(self) -> None:
+        expected = set(self._shapes)
+        for module in self.formats:
+            expected |= {n for n in self._names_of.get(module, []) if not n.endswith(".bias")}
+        missing = sorted(set(self._shapes) - set(self.tensors.names))
+        unknown = sorted(set(self.tensors.names) - expected)
+        if missing or unknown:
+            raise CheckpointError(
+                "the tensors on disk are not those of the model",
+                where=self.path,
+                found=f"missing {missing[:3]}, unexpected {unknown[:3]}",
+            )
+
+
+class _InputHook:
+    """Scales and rounds a linear layer's input before it is multiplied."""
+
+    def __init__(
+        self, fmt: Format, factor: Tensor | None, scale: Tensor | None, device: torch.device
+    ) -> None:
+        self.format = fmt
+        self.factor = None if factor is None else factor.to(device)
+        self.scale = None if scale is None else scale.to(device)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x: Tensor = args[0]
+        if self.factor is not None:
+            x = x * self.factor.to(x.dtype)
+        return (self.format.quantize_activation(x, self.scale), *args[1:])
+
+
+def _bits(dtype: str, shape: tuple[int, ...]) -> int:
+    width = {"F64": 64, "F32": 32, "I32": 32, "BF16": 16, "F16": 16}.get(dtype, 8)
+    return width * torch.Size(shape).numel()

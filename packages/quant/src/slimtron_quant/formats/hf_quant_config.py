@@ -1,0 +1,79 @@
+"""How a checkpoint announces its quantization to inference engines.
+
+Two files say it: ``hf_quant_config.json`` in ModelOpt's first layout, which every engine
+reads, and ``quantization_config`` inside ``config.json`` in its later one, which newer vLLM
+prefers. TensorRT-LLM warns where the two differ, so the second is made from the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from slimtron_common.errors import ConfigError
+from slimtron_quant.formats import format_named
+
+__all__ = ["config_json_quantization", "hf_quant_config"]
+
+Layers = Mapping[str, "tuple[str, int | None] | None"]
+
+
+def hf_quant_config(layers: Layers) -> dict[str, Any]:
+    """Returns the content of ``hf_quant_config.json``.
+
+    Args:
+        layers: For every linear layer of the model, ``lm_head`` too: its Hugging Face module
+            name with its format's name and block size, or None where it is not quantized.
+
+    Raises:
+        ConfigError: Nothing is quantized.
+    """
+    settings = {
+        name: format_named(spec[0]).settings(spec[1]) for name, spec in layers.items() if spec
+    }
+    if not settings:
+        raise ConfigError("every layer is excluded: nothing is quantized", where="exclude")
+    first, *others = settings.values()
+    # Names in full: engines also look for them inside longer names, where "layers.1" would be
+    # found in "layers.10".
+    excluded = sorted(name for name, spec in layers.items() if not spec)
+    quantization: dict[str, Any] = {"kv_cache_quant_algo": None, "exclude_modules": excluded}
+    if all(other == first for other in others):
+        quantization |= first
+    else:
+        quantization |= {"quant_algo": "MIXED_PRECISION", "quantized_layers": settings}
+    producer = {"name": "modelopt", "version": version("nvidia-modelopt")}
+    return {"producer": producer, "quantization": quantization}
+
+
+def config_json_quantization(layers: Layers) -> dict[str, Any]:
+    """Returns ``quantization_config`` for ``config.json``, saying what ``hf_quant_config`` says.
+
+    Args:
+        layers: As ``hf_quant_config`` takes them.
+    """
+    file = hf_quant_config(layers)
+    quantization = file["quantization"]
+    groups: dict[tuple[str, int | None], list[str]] = {}
+    for name, spec in layers.items():
+        if spec:
+            groups.setdefault(spec, []).append(name)
+    uniform = "quantized_layers" not in quantization
+    config = {
+        "quant_method": "modelopt",
+        "quant_algo": quantization["quant_algo"],
+        "ignore": quantization["exclude_modules"],
+        "producer": file["producer"],
+        "config_groups": {
+            f"group_{i}": {
+                **format_named(name).scheme(block_size),
+                "targets": ["Linear"] if uniform else sorted(members),
+            }
+            for i, ((name, block_size), members) in enumerate(groups.items())
+        },
+    }
+    for key in ("group_size", "has_zero_point", "pre_quant_scale", "quantized_layers"):
+        if key in quantization:
+            config[key] = quantization[key]
+    return config

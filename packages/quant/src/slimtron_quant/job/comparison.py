@@ -1,0 +1,177 @@
+"""The before/after comparison of a job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from slimtron_common.evaluation import Evaluation
+from slimtron_common.manifest import environment_versions
+from slimtron_common.report import Column, Comparison, Metric, Number, Plot, Table
+from slimtron_quant.export.reader import ExportedModel
+from slimtron_quant.job.preflight import Plan
+from slimtron_quant.summary import LayerSummary
+
+__all__ = ["compare"]
+
+_KINDS = {
+    "self_attention.linear_qkv": "QKV",
+    "self_attention.linear_proj": "attention output",
+    "mlp.linear_fc1": "gate and up",
+    "mlp.linear_fc2": "down",
+}
+
+_METRICS = (
+    Metric("kl_memory", "KL from the model in memory", unit="nats", better="lower"),
+)
+
+
+def compare(
+    plan: Plan,
+    evaluations: Mapping[str, Evaluation],
+    *,
+    layers: Sequence[LayerSummary],
+    mended: Sequence[Mapping[str, Any]],
+    exported: ExportedModel,
+) -> Comparison:
+    """Puts original, quantized and reloaded model side by side.
+
+    Args:
+        plan: The job.
+        evaluations: Of the stages ``original``, ``quantized`` and ``exported``.
+        layers: What became of each linear layer.
+        mended: Scales that were raised.
+        exported: The written files.
+    """
+    checkpoint, config = plan.checkpoint, plan.config
+    original = _column("original", evaluations["original"])
+    original.metrics.update(
+        weight_bytes=checkpoint.weight_bytes,
+        bits_per_weight=checkpoint.weight_bytes * 8 / checkpoint.num_parameters,
+        kl=0.0,
+        agreement=1.0,
+    )
+    memory = _column("quantized, in memory", evaluations["quantized"])
+    reloaded = _column("exported, reloaded", evaluations["exported"])
+    reloaded.metrics.update(
+        weight_bytes=exported.tensors.weight_bytes,
+        bits_per_weight=exported.bits_per_weight,
+        kl_memory=evaluations["exported"].distances["memory"].kl,
+    )
+    return Comparison(
+        title=f"{checkpoint.path.name} quantized to {plan.recipe.name}",
+        columns=(original, memory, reloaded),
+        plots=tuple(_plots(layers)),
+        tables=tuple(_tables(layers, mended)),
+        facts={
+            "Model": config.model,
+            "Parameters": f"{checkpoint.num_parameters:,}",
+            "Recipe": f"{plan.recipe.name}: {plan.recipe.summary}",
+            "Evaluated on": _text(
+                config.evaluation.source or config.quantization.calibration_source,
+                plan.evaluation,
+            ),
+            "Calibrated on": "no text needed"
+            if plan.calibration is None
+            else _text(config.quantization.calibration_source, plan.calibration),
+            "Computed in": f"{plan.dtype} on {plan.device}".replace("torch.", ""),
+            "Layout": f"tensor {config.parallel.tensor_parallel_size}, pipeline "
+            f"{config.parallel.pipeline_parallel_size}, {plan.world_size} process(es)",
+            "Seed": str(config.seed),
+            "Versions": ", ".join(f"{k} {v}" for k, v in environment_versions().items()),
+        },
+        metrics=_METRICS,
+    )
+
+
+def _column(name: str, evaluation: Evaluation) -> Column:
+    metrics: dict[str, Number] = {
+        "perplexity": evaluation.perplexity,
+        "loss": evaluation.loss,
+        "num_tokens": evaluation.num_tokens,
+    }
+    if "original" in evaluation.distances:
+        distance = evaluation.distances["original"]
+        metrics.update(kl=distance.kl, agreement=distance.agreement)
+    return Column(name, metrics)
+
+
+def _text(source: str, dataset: Any) -> str:
+    return (
+        f"{source}: {dataset.num_sequences} sequences of {dataset.seq_length} tokens "
+        f"(SHA-256 {dataset.fingerprint[:12]})"
+    )
+
+
+def _plots(layers: Sequence[LayerSummary]) -> list[Plot]:
+    numbers = sorted({_layer_number(layer.name) for layer in layers})
+
+    def series(attribute: str) -> dict[str, tuple[Number, ...]]:
+        found: dict[str, tuple[Number, ...]] = {}
+        for suffix, label in _KINDS.items():
+            values = {
+                _layer_number(layer.name): getattr(layer, attribute)
+                for layer in layers
+                if layer.name.endswith(suffix)
+            }
+            if any(value is not None for value in values.values()):
+                found[label] = tuple(values.get(number) for number in numbers)
+        return found
+
+    plots = [
+        Plot(
+            "Signal to quantization noise of the weights",
+            "line",
+            tuple(numbers),
+            series("sqnr_db"),
+            x_label="layer",
+            y_label="dB, higher is better",
+        )
+    ]
+    if amax := series("input_amax"):
+        plots.append(
+            Plot(
+                "Largest calibrated activation",
+                "line",
+                tuple(numbers),
+                amax,
+                x_label="layer",
+                y_label="absolute value",
+                log_y=True,
+            )
+        )
+    return plots
+
+
+def _tables(
+    layers: Sequence[LayerSummary], mended: Sequence[Mapping[str, Any]]
+) -> list[Table]:
+    tables = [
+        Table(
+            "Layers",
+            ("module", "format", "weights", "SQNR (dB)", "largest input"),
+            tuple(
+                (
+                    layer.name,
+                    layer.format or "as it was",
+                    layer.num_parameters,
+                    layer.sqnr_db,
+                    layer.input_amax,
+                )
+                for layer in layers
+            ),
+        )
+    ]
+    if mended:
+        tables.append(
+            Table(
+                "Scales that were raised",
+                ("quantizer", "scales", "reason"),
+                tuple((m["quantizer"], m["elements"], m["reason"]) for m in mended),
+            )
+        )
+    return tables
+
+
+def _layer_number(name: str) -> int:
+    return int(name.split(".")[2])

@@ -1,0 +1,53 @@
+"""The settings of a quantization job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from slimtron_common.errors import ConfigError
+from slimtron_common.evaluation.config import EvaluationConfig
+from slimtron_common.parallel.config import ParallelConfig
+from slimtron_quant.config import ExportConfig, QuantizationConfig
+
+__all__ = ["QuantJobConfig"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantJobConfig:
+    """One job: which model, to what, proved how, written where."""
+
+    model: str
+    """``hf:DIR`` or ``megatron:DIR``."""
+
+    export: ExportConfig
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type that the model computes in; ``auto``: as stored on a GPU, float32 on the CPU."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
+    seed: int = 1234
+    """Seeds the order of the text and everything random."""
+
+    trust_remote_code: bool = False
+    """Whether the tokenizer may run code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        if self.quantization.algorithm is None:
+            raise ConfigError(
+                "without a recipe there is nothing to quantize",
+                where="quantization.algorithm",
+                found=None,
+                hint="`slimtron-quant recipes` lists them; `slimtron-common convert` exports a "
+                "model as it is",
+            )
+
+    @property
+    def output(self) -> Path:
+        """The directory that the job writes."""
+        return self.export.path

@@ -1,0 +1,85 @@
+"""A plan as a person reads it."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from slimtron_quant.job.preflight import Plan
+
+__all__ = ["measured_flops", "print_plan"]
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Prints what a job will do and what it will cost.
+
+    The time is that of the forward passes at the speed of a matrix product measured here and
+    now; loading, scales and writing come on top.
+    """
+    parallel, estimate = plan.config.parallel, plan.estimate
+    seconds = estimate.flops / (measured_flops(plan.device, plan.dtype) * plan.world_size)
+    rows = [
+        ("model", f"{plan.config.model}, {plan.checkpoint.num_parameters:,} parameters"),
+        ("recipe", f"{plan.recipe.name}: {plan.recipe.summary}"),
+        ("output", str(plan.config.output)),
+        ("evaluation text", _sequences(plan.evaluation)),
+        (
+            "calibration text",
+            "none needed" if plan.calibration is None else _sequences(plan.calibration),
+        ),
+        ("computed in", f"{plan.dtype} on {plan.device}".replace("torch.", "")),
+        (
+            "processes",
+            f"{plan.world_size}: tensor {parallel.tensor_parallel_size} x pipeline "
+            f"{parallel.pipeline_parallel_size} x data "
+            f"{plan.world_size // parallel.model_parallel_size}",
+        ),
+        (
+            "memory per process",
+            f"{_size(estimate.memory)}: weights {_size(estimate.weights)}, activations "
+            f"{_size(estimate.activations)}",
+        ),
+        ("disk", f"{_size(estimate.disk)} while it runs"),
+        ("forward passes", f"about {_duration(seconds)} at this machine's matrix speed"),
+    ]
+    table = Table("", "", title="This job can run", show_header=False)
+    for name, value in rows:
+        table.add_row(name, value)
+    (console or Console()).print(table)
+
+
+def measured_flops(device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a matrix product, from a fraction of a second."""
+    size = 4096 if device == "cuda" else 1024
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    runs, start = 0, 0.0
+    for attempt in range(6):
+        if attempt == 1:
+            # The first product warms up.
+            start = _now(device)
+        a @ a
+        runs = attempt
+    return 2.0 * size**3 * runs / (_now(device) - start)
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _sequences(dataset: object) -> str:
+    return f"{dataset.num_sequences} sequences of {dataset.seq_length} tokens"  # type: ignore[attr-defined]
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

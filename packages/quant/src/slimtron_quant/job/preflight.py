@@ -1,0 +1,319 @@
+"""Everything that can be refused before the weights load, and what the job will cost."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from slimtron_common.atomic import check_writable
+from slimtron_common.checkpoint import Checkpoint, open_checkpoint
+from slimtron_common.config import to_dict
+from slimtron_common.data import TokenDataset, token_dataset
+from slimtron_common.data.config import DataConfig
+from slimtron_common.data.sources import check_source
+from slimtron_common.errors import CheckpointError, ConfigError, ParallelismError
+from slimtron_common.evaluation.reference import reference_bytes
+from slimtron_common.manifest import environment_versions
+from slimtron_common.parallel.context import check_world_size, world_size_from_environment
+from slimtron_common.workdir import check_resumable
+from slimtron_quant.job.config import QuantJobConfig
+from slimtron_quant.recipes import Recipe, quantization_recipe, recipe_named
+
+__all__ = ["Estimate", "Plan", "preflight"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What a job needs; sizes in bytes."""
+
+    weights: int
+    """The model's weights in one process."""
+
+    activations: int
+    """The largest of what one micro-batch makes, logits included, in one process."""
+
+    disk: int
+    """The output and what is kept until the job is over."""
+
+    flops: float
+    """Floating-point operations of all forward passes, over all processes."""
+
+    @property
+    def memory(self) -> int:
+        """Weights and activations, with a tenth for what the libraries take."""
+        return round(1.1 * (self.weights + self.activations))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A job that may start: its inputs are open and every check has passed."""
+
+    config: QuantJobConfig
+    recipe: Recipe
+    checkpoint: Checkpoint
+    device: str
+    dtype: torch.dtype
+    evaluation: TokenDataset
+    calibration: TokenDataset | None
+    """None for recipes that only round weights."""
+
+    world_size: int
+    estimate: Estimate
+    identity: dict[str, Any]
+    """What makes this job this job, for ``--resume``."""
+
+
+def preflight(
+    config: QuantJobConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    world_size: int | None = None,
+) -> Plan:
+    """Checks a job against its model, its text, the machine and the disk.
+
+    Reads headers and text, never weights. Cheap checks come first.
+
+    Args:
+        config: The job.
+        resume: Whether an unfinished run is to be gone on with.
+        overwrite: Whether existing output may be replaced.
+        world_size: Processes that the job will have; those that were started without it.
+
+    Raises:
+        SlimtronError: What is wrong and what to do, with exit code 2.
+    """
+    device = _device(config)
+    world_size = world_size or world_size_from_environment()
+    check_world_size(config.parallel, world_size)
+    recipe = recipe_named(str(config.quantization.algorithm))
+    checkpoint = open_checkpoint(config.model, trust_remote_code=config.trust_remote_code)
+    architecture, parallel = checkpoint.architecture, config.parallel
+    architecture.check_parallel(
+        tensor_parallel_size=parallel.tensor_parallel_size,
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
+    )
+    if parallel.context_parallel_size > 1 or parallel.expert_parallel_size > 1:
+        raise ParallelismError(
+            "this version quantizes dense models over tensor, pipeline and data parallelism",
+            where="parallel",
+            found=f"context {parallel.context_parallel_size}, expert "
+            f"{parallel.expert_parallel_size}",
+            allowed="context 1, expert 1",
+        )
+    quantization_recipe(
+        config.quantization, architecture, tensor_parallel_size=parallel.tensor_parallel_size
+    )
+    _check_lengths(config, architecture.max_position_embeddings)
+    dtype = _dtype(config, checkpoint, device)
+    estimate = _estimate(config, checkpoint, recipe, dtype)
+    check_writable(
+        config.output,
+        # A resumed run replaces nothing: its output is not there, or is its own.
+        overwrite=overwrite or resume,
+        required_bytes=0 if resume else estimate.disk,
+    )
+    _check_memory(estimate, device)
+    evaluation, calibration = _open_text(config, recipe, checkpoint)
+    _check_sequences(evaluation, calibration, world_size // parallel.model_parallel_size)
+    identity = {
+        "config": to_dict(config),
+        "model": {"parameters": checkpoint.num_parameters, "bytes": checkpoint.weight_bytes},
+        "evaluation": evaluation.fingerprint,
+        "calibration": calibration.fingerprint if calibration else None,
+        "world_size": world_size,
+        "device": device,
+        "versions": environment_versions(),
+    }
+    check_resumable(config.output, identity, resume=resume, overwrite=overwrite)
+    return Plan(
+        config=config,
+        recipe=recipe,
+        checkpoint=checkpoint,
+        device=device,
+        dtype=dtype,
+        evaluation=evaluation,
+        calibration=calibration,
+        world_size=world_size,
+        estimate=estimate,
+        identity=identity,
+    )
+
+
+def _device(config: QuantJobConfig) -> str:
+    cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not cuda:
+        raise ConfigError(
+            "torch sees no GPU",
+            where="device",
+            found="cuda",
+            hint="use device: cpu, or see `slimtron-common doctor`",
+        )
+    return config.device if config.device != "auto" else "cuda" if cuda else "cpu"
+
+
+def _dtype(config: QuantJobConfig, checkpoint: Checkpoint, device: str) -> torch.dtype:
+    if config.dtype == "auto":
+        return checkpoint.dtype if device == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return dtype
+
+
+def _check_lengths(config: QuantJobConfig, limit: int) -> None:
+    for where, length in (
+        ("evaluation.seq_length", config.evaluation.seq_length),
+        ("quantization.calibration_seq_len", config.quantization.calibration_seq_len),
+    ):
+        if length > limit:
+            raise ConfigError(
+                "sequences are longer than the model's positions",
+                where=where,
+                found=length,
+                allowed=f"at most {limit}",
+            )
+
+
+def _open_text(
+    config: QuantJobConfig, recipe: Recipe, checkpoint: Checkpoint
+) -> tuple[TokenDataset, TokenDataset | None]:
+    quantization, evaluation = config.quantization, config.evaluation
+    calibration_source = (quantization.calibration_source, quantization.calibration_text_field)
+    source = (
+        calibration_source
+        if evaluation.source is None
+        else (evaluation.source, evaluation.text_field)
+    )
+    wanted = {source} | ({calibration_source} if recipe.needs_calibration else set())
+    for name, text_field in sorted(wanted):
+        check_source(name, text_field=text_field)
+    tokenizer = checkpoint.tokenizer()
+    if len(tokenizer) > checkpoint.architecture.vocab_size:
+        raise CheckpointError(
+            "the tokenizer has more tokens than the model has embeddings",
+            where=checkpoint.path,
+            found=f"{len(tokenizer)} tokens, {checkpoint.architecture.vocab_size} embeddings",
+            hint="use the tokenizer that the model was trained with",
+        )
+    calibration_tokens = quantization.calibration_dataset_size * quantization.calibration_seq_len
+    if not recipe.needs_calibration:
+        return _tokens(source, evaluation.num_tokens, evaluation.seq_length, config, tokenizer), None
+    if source != calibration_source:
+        return (
+            _tokens(source, evaluation.num_tokens, evaluation.seq_length, config, tokenizer),
+            _tokens(
+                calibration_source,
+                calibration_tokens,
+                quantization.calibration_seq_len,
+                config,
+                tokenizer,
+            ),
+        )
+    # One stream of text: the first tokens evaluate, the ones after them calibrate.
+    total = evaluation.num_tokens + calibration_tokens
+    stream = _tokens(source, total, total, config, tokenizer).tokens.reshape(-1)
+    held_out, rest = stream[: evaluation.num_tokens], stream[evaluation.num_tokens :]
+    return (
+        TokenDataset(held_out.reshape(-1, evaluation.seq_length)),
+        TokenDataset(rest.reshape(-1, quantization.calibration_seq_len)),
+    )
+
+
+def _tokens(
+    source: tuple[str, str], num_tokens: int, seq_length: int, config: QuantJobConfig, tokenizer: Any
+) -> TokenDataset:
+    name, text_field = source
+    data = DataConfig(
+        source=name,
+        num_tokens=num_tokens,
+        seq_length=seq_length,
+        seed=config.seed,
+        text_field=text_field,
+    )
+    return token_dataset(data, tokenizer)
+
+
+def _check_sequences(
+    evaluation: TokenDataset, calibration: TokenDataset | None, data_parallel_size: int
+) -> None:
+    for where, dataset in (
+        ("evaluation.num_tokens", evaluation),
+        ("quantization.calibration_dataset_size", calibration),
+    ):
+        if dataset is not None and dataset.num_sequences < data_parallel_size:
+            raise ConfigError(
+                "every data-parallel process needs a sequence",
+                where=where,
+                found=f"{dataset.num_sequences} sequences",
+                allowed=f"{data_parallel_size} or more",
+            )
+
+
+def _estimate(
+    config: QuantJobConfig, checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype
+) -> Estimate:
+    architecture, parallel = checkpoint.architecture, config.parallel
+    tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    parameters, itemsize = checkpoint.num_parameters, dtype.itemsize
+    embedding = architecture.vocab_size * architecture.hidden_size
+    # The stage with an embedding is the largest; a tied output layer is a second copy under PP.
+    stage = (parameters - embedding) / pipeline + embedding
+    evaluation, quantization = config.evaluation, config.quantization
+    calibrates = recipe.needs_calibration
+    shapes = [(evaluation.micro_batch_size, evaluation.seq_length)]
+    if calibrates:
+        size = min(quantization.calibration_batch_size, quantization.calibration_dataset_size)
+        shapes.append((size, quantization.calibration_seq_len))
+    heads = architecture.num_attention_heads
+    activations = max(
+        # Logits and their float32 copy, attention scores before and after softmax, and a few
+        # copies of the widest hidden state.
+        b * s * (architecture.vocab_size / tensor) * (itemsize + 4)
+        + 3 * b * s * s * (heads / tensor) * 4
+        + 6 * b * s * (architecture.ffn_hidden_size / tensor) * itemsize
+        for b, s in shapes
+    )
+    logits = reference_bytes(evaluation.num_tokens, architecture.vocab_size, dtype)
+    rewrites_weights = recipe.name in ("int8_sq", "int4_awq")
+    tokens = 3 * evaluation.num_tokens
+    if calibrates:
+        tokens += quantization.calibration_dataset_size * quantization.calibration_seq_len
+    return Estimate(
+        weights=round(stage * itemsize / tensor),
+        activations=round(activations),
+        disk=round(
+            logits + checkpoint.weight_bytes + (parameters * itemsize if rewrites_weights else 0)
+        ),
+        flops=2.0 * parameters * tokens,
+    )
+
+
+def _check_memory(estimate: Estimate, device: str) -> None:
+    if device == "cuda":
+        available = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0]
+    else:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // processes
+        available = max(available, _available_linux() // processes)
+    if estimate.memory > available:
+        raise ParallelismError(
+            "the model does not fit into the memory of one process",
+            where="parallel",
+            found=f"{estimate.memory / 2**30:.1f} GiB needed (weights "
+            f"{estimate.weights / 2**30:.1f}, activations {estimate.activations / 2**30:.1f}), "
+            f"{available / 2**30:.1f} GiB free",
+            hint="raise tensor_parallel_size or pipeline_parallel_size, or lower the batch sizes "
+            "and sequence lengths",
+        )
+
+
+def _available_linux() -> int:
+    """Memory that could be had, counting caches that the kernel would give up."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 0

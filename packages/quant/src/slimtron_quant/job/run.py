@@ -1,0 +1,220 @@
+"""The walk: original, calibration, quantized, export, exported, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import nn
+
+from slimtron_common.atomic import publish_directory
+from slimtron_common.evaluation import Evaluation, evaluate
+from slimtron_common.manifest import MANIFEST_NAME, read_manifest, write_manifest
+from slimtron_common.models.megatron import build_model
+from slimtron_common.parallel import ParallelContext, initialize_parallel
+from slimtron_common.progress import stage
+from slimtron_common.report import Comparison, read_report, write_report
+from slimtron_common.workdir import WorkDir
+from slimtron_quant.calibration.state import save_calibration
+from slimtron_quant.export.huggingface import write_huggingface
+from slimtron_quant.export.reader import ExportedModel
+from slimtron_quant.export.verify import check_agreement
+from slimtron_quant.job.comparison import compare
+from slimtron_quant.job.preflight import Plan
+from slimtron_quant.quantizer import ForwardLoop, Quantizer, calibration_loop
+from slimtron_quant.summary import LayerSummary
+
+__all__ = ["run"]
+
+
+def run(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> Comparison:
+    """Quantizes, proves, exports, reloads and reports.
+
+    Every stage's outcome is kept beside the output until the job is over; with ``resume`` the
+    finished ones are not done again, and the output has the same bytes as that of an
+    undisturbed run.
+
+    Args:
+        plan: What ``preflight`` returned.
+        resume: Whether to go on with an unfinished run.
+        overwrite: Whether an existing output is replaced.
+
+    Returns:
+        The before/after comparison, on every process.
+
+    Raises:
+        SlimtronError: With the stage's own message; what was finished before stays.
+        VerificationError: The export, reloaded, is not the model in memory. The output does not
+            appear; the files are kept in the work directory.
+    """
+    config = plan.config
+    done = _published(plan) if resume else None
+    with initialize_parallel(config.parallel, device=plan.device, seed=config.seed) as context:
+        work = WorkDir(config.output, plan.identity, context, resume=resume)
+        if done is None:
+            job = _Job(plan, context, work)
+            job.measure_original()
+            job.quantize()
+            job.verify()
+            done = job.comparison()
+            if context.is_main:
+                job.publish(done, overwrite=overwrite)
+        work.remove()
+    return done
+
+
+def _published(plan: Plan) -> Comparison | None:
+    """The comparison of a run that ended after its output had appeared, or was ended there."""
+    if not (plan.config.output / MANIFEST_NAME).is_file():
+        return None
+    if read_manifest(plan.config.output).config != plan.identity:
+        return None
+    return read_report(plan.config.output)
+
+
+class _Job:
+    """The stages of one run. Each looks first whether it is finished."""
+
+    def __init__(self, plan: Plan, context: ParallelContext, work: WorkDir) -> None:
+        self.plan = plan
+        self.config = plan.config
+        self.context = context
+        self.work = work
+        self._model: nn.Module | None = None
+        micro_batch_size = self.config.evaluation.micro_batch_size
+        self._evaluation = plan.evaluation.batches(
+            micro_batch_size, context.dp_rank, context.dp_size
+        )
+
+    def measure_original(self) -> None:
+        """Stage ``original``: the model as it was, its logits recorded."""
+        if self.work.has("original"):
+            return
+        with stage("original: evaluate"), self.work.stage("original") as output:
+            evaluation = self._evaluate(self._original(), record=output.directory)
+            output.result = evaluation.to_dict()
+
+    def quantize(self) -> None:
+        """Stages ``calibration``, ``quantized`` and ``export``: the model in memory."""
+        if self.work.has("export"):
+            return
+        quantizer, model = Quantizer(self.config.quantization), self._original()
+        if self.work.has("calibration"):
+            quantizer.restore(model, self.work.directory("calibration"), self.context)
+        else:
+            with stage("calibration"), self.work.stage("calibration") as output:
+                quantizer.quantize(model, self._forward_loop())
+                save_calibration(output.directory, model, self.context)
+                output.result = {
+                    "layers": [layer.to_dict() for layer in quantizer.layers],
+                    "mended": [dataclasses.asdict(item) for item in quantizer.mended],
+                }
+        if not self.work.has("quantized"):
+            with stage("quantized: evaluate"), self.work.stage("quantized") as output:
+                references = {"original": self.work.directory("original")}
+                evaluation = self._evaluate(model, references, record=output.directory)
+                output.result = evaluation.to_dict()
+        with stage("export"), self.work.stage("export") as output:
+            write_huggingface(
+                output.directory,
+                model,
+                self.plan.checkpoint.architecture,
+                self.context,
+                dtype=getattr(torch, self.config.export.torch_dtype),
+                companions=self.plan.checkpoint.companion_files(),
+            )
+        self._release()
+
+    def verify(self) -> None:
+        """Stage ``exported``: the files, read back into a model without ModelOpt."""
+        if self.work.has("exported"):
+            return
+        self._release()
+        with stage("export: reload and evaluate"), self.work.stage("exported") as output:
+            exported = ExportedModel(self.work.directory("export"))
+            model = exported.build(self.context, dtype=self.plan.dtype)
+            references = {
+                "original": self.work.directory("original"),
+                "memory": self.work.directory("quantized"),
+            }
+            evaluation = self._evaluate(model, references)
+            check_agreement(
+                Evaluation.from_dict(self.work.result("quantized")),
+                evaluation,
+                where=self.work.directory("export"),
+            )
+            output.result = evaluation.to_dict()
+
+    def comparison(self) -> Comparison:
+        """Reads every stage's outcome into one comparison."""
+        calibration = self.work.result("calibration")
+        return compare(
+            self.plan,
+            {
+                name: Evaluation.from_dict(self.work.result(name))
+                for name in ("original", "quantized", "exported")
+            },
+            layers=[LayerSummary(**layer) for layer in calibration["layers"]],
+            mended=calibration["mended"],
+            exported=ExportedModel(self.work.directory("export")),
+        )
+
+    def publish(self, comparison: Comparison, *, overwrite: bool) -> None:
+        """Adds report and manifest to the export and gives it its name."""
+        directory, metrics = self.work.directory("export"), comparison.columns[-1].metrics
+        write_report(directory, comparison)
+        write_manifest(
+            directory,
+            kind="quantized",
+            config=self.plan.identity,
+            metrics=metrics,
+            seed=self.config.seed,
+        )
+        publish_directory(directory, self.config.output, overwrite=overwrite)
+
+    def _original(self) -> nn.Module:
+        if self._model is None:
+            with stage("load the model"):
+                checkpoint = self.plan.checkpoint
+                self._model = build_model(
+                    checkpoint.architecture,
+                    self.context,
+                    dtype=self.plan.dtype,
+                    layer_spec=self.config.layer_spec,
+                )
+                checkpoint.load(self._model, self.context)
+        return self._model
+
+    def _release(self) -> None:
+        self._model = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def _forward_loop(self) -> ForwardLoop | None:
+        if self.plan.calibration is None:
+            return None
+        batches = self.plan.calibration.batches(
+            self.config.quantization.calibration_batch_size,
+            self.context.dp_rank,
+            self.context.dp_size,
+        )
+        return calibration_loop(batches, self.context)
+
+    def _evaluate(
+        self,
+        model: nn.Module,
+        references: Mapping[str, Path] = MappingProxyType({}),
+        record: Path | None = None,
+    ) -> Evaluation:
+        return evaluate(
+            model,
+            self._evaluation,
+            self.context,
+            vocab_size=self.plan.checkpoint.architecture.vocab_size,
+            references=references,
+            record=record,
+        )

@@ -1,0 +1,225 @@
+"""Quantize a Megatron model in memory: the contract of NeMo 2's ``Quantizer``."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimtron_common.checkpoint import open_checkpoint
+from slimtron_common.data import token_dataset
+from slimtron_common.data.config import DataConfig
+from slimtron_common.errors import ConfigError
+from slimtron_common.integrations.modelopt import to_modelopt
+from slimtron_common.models.megatron import architecture_of
+from slimtron_common.parallel import ParallelContext, forward_only, unwrap_model
+from slimtron_common.progress import Progress
+from slimtron_quant.calibration.scales import MendedScale, check_scales
+from slimtron_quant.calibration.state import restore_calibration
+from slimtron_quant.config import ExportConfig, QuantizationConfig
+from slimtron_quant.errors import CalibrationError
+from slimtron_quant.export.huggingface import export_huggingface
+from slimtron_quant.recipes import quantization_recipe, recipe_named
+from slimtron_quant.summary import LayerSummary, layer_offset, summarize
+
+__all__ = ["Quantizer", "calibration_loop"]
+
+logger = logging.getLogger(__name__)
+
+ForwardLoop = Callable[[Any], None]
+
+
+class Quantizer:
+    """Post-training quantization of Megatron-Core and NeMo 2 models.
+
+    Takes the place of ``nemo.collections.llm.modelopt.Quantizer``. Runs on GPUs and, inside
+    ``slimtron_common.backend.cpu_backend()``, on the CPU; Megatron's model-parallel groups must
+    exist (``slimtron_common.initialize_parallel`` or a trainer sets them up).
+
+    Args:
+        quantization_config: What to quantize to.
+        export_config: Where ``export`` writes; not needed for ``quantize`` alone.
+    """
+
+    def __init__(
+        self,
+        quantization_config: QuantizationConfig,
+        export_config: ExportConfig | None = None,
+    ) -> None:
+        self.quantization_config = quantization_config
+        self.export_config = export_config
+        self.layers: list[LayerSummary] = []
+        """After ``quantize``: every linear layer's format and the noise in its weights."""
+        self.mended: list[MendedScale] = []
+        """After ``quantize``: the scales that were too small and had to be raised."""
+
+    def quantize(self, model: Any, forward_loop: ForwardLoop | None = None) -> Any:
+        """Quantizes a model in place and calibrates it.
+
+        Args:
+            model: A Megatron-Core model or what holds it: NeMo's ``MegatronParallel``, a
+                Lightning ``GPTModel``, Megatron's wrappers. Evaluation mode is set meanwhile.
+            forward_loop: Runs the calibration text through the model that it is given. Without
+                one, ``calibration_dataset`` is tokenized by ``model.tokenizer`` and run
+                through Megatron's schedule; recipes that only round weights need neither.
+
+        Returns:
+            ``model``, its linear layers computing in the recipe's precision.
+
+        Raises:
+            ConfigError: The settings do not fit the model, or there is nothing to calibrate
+                with. The model is untouched.
+            CalibrationError: A scale came out unusable, or the forward loop failed. The model
+                carries quantizers and has to be loaded again.
+        """
+        algorithm = self.quantization_config.algorithm
+        if algorithm is None:
+            logger.info("algorithm is None: the model stays as it is")
+            return model
+        megatron = unwrap_model(model)
+        context = ParallelContext.from_megatron(device=next(megatron.parameters()).device)
+        recipe = recipe_named(algorithm)
+        if recipe.needs_calibration and forward_loop is None:
+            forward_loop = self._default_forward_loop(model, context)
+        self._attach(megatron, context)
+        with _quiet_modelopt():
+            self._calibrate(megatron, forward_loop if recipe.needs_calibration else None)
+        self._finish(megatron, context)
+        return model
+
+    def restore(self, model: Any, directory: Path, context: ParallelContext) -> Any:
+        """Quantizes a model with the calibration that ``save_calibration`` kept.
+
+        Args:
+            model: The same original model in the same layout.
+            directory: Where the calibration lies.
+            context: This process's place.
+
+        Raises:
+            CheckpointError: The calibration cannot be read or belongs to another model.
+        """
+        megatron = unwrap_model(model)
+        self._attach(megatron, context)
+        restore_calibration(directory, megatron, context)
+        return model
+
+    def export(self, model: Any, model_dir: str | Path, trainer: Any = None) -> Path:
+        """Writes the quantized model as a Hugging Face directory for inference engines.
+
+        Every process calls it; the directory appears whole or not at all.
+
+        Args:
+            model: What ``quantize`` returned.
+            model_dir: The Hugging Face directory of the original model: its config and tokenizer
+                go along.
+            trainer: Not needed for this format; kept for NeMo's signature.
+
+        Returns:
+            The directory.
+
+        Raises:
+            ConfigError: There is no ``export_config``.
+            CheckpointError: The directory exists or cannot be written.
+        """
+        if self.export_config is None:
+            raise ConfigError(
+                "there is nowhere to export to",
+                where="export_config",
+                hint="give Quantizer an ExportConfig(path=...)",
+            )
+        source = open_checkpoint(f"hf:{model_dir}", where="model_dir")
+        megatron = unwrap_model(model)
+        context = ParallelContext.from_megatron(device=next(megatron.parameters()).device)
+        export_huggingface(
+            self.export_config.path,
+            megatron,
+            source.architecture,
+            context,
+            dtype=getattr(torch, self.export_config.torch_dtype),
+            companions=source.companion_files(),
+        )
+        return self.export_config.path
+
+    def _attach(self, model: nn.Module, context: ParallelContext) -> None:
+        """Puts uncalibrated quantizers into a bare model."""
+        import modelopt.torch.quantization as mtq
+
+        config = quantization_recipe(
+            self.quantization_config,
+            architecture_of(model),
+            tensor_parallel_size=context.tp_size,
+            layer_offset=layer_offset(model),
+        )
+        self._algorithm = config.algorithm
+        with _quiet_modelopt():
+            mtq.quantize(model, to_modelopt(config.with_algorithm(None)))
+
+    def _finish(self, model: nn.Module, context: ParallelContext) -> None:
+        """Checks the scales of a calibrated model and describes what became of its layers."""
+        self.mended = list(check_scales(model).mended)
+        self.layers = summarize(model, context)
+
+    def _calibrate(self, model: nn.Module, forward_loop: ForwardLoop | None) -> None:
+        import modelopt.torch.quantization as mtq
+
+        try:
+            mtq.calibrate(model, self._algorithm, forward_loop)
+        except (RuntimeError, ValueError, AssertionError, StopIteration) as error:
+            raise CalibrationError(
+                f"the calibration failed: {type(error).__name__}: {error}",
+                where=f"algorithm {self.quantization_config.algorithm}",
+                hint="the model carries half-calibrated quantizers now: load it again",
+            ) from error
+
+    def _default_forward_loop(self, model: Any, context: ParallelContext) -> ForwardLoop:
+        tokenizer = getattr(model, "tokenizer", None)
+        if tokenizer is None:
+            raise ConfigError(
+                "the recipe needs text to run through the model, and the model has no tokenizer",
+                where="forward_loop",
+                found=None,
+                hint="pass forward_loop=slimtron_quant.calibration_loop(batches, context), or a "
+                "model with a `tokenizer`",
+            )
+        config = self.quantization_config
+        data = DataConfig(
+            source=config.calibration_source,
+            num_tokens=config.calibration_dataset_size * config.calibration_seq_len,
+            seq_length=config.calibration_seq_len,
+            micro_batch_size=config.calibration_batch_size,
+            text_field=config.calibration_text_field,
+        )
+        # NeMo wraps the tokenizer of transformers in its own.
+        dataset = token_dataset(data, getattr(tokenizer, "tokenizer", tokenizer))
+        batches = dataset.batches(data.micro_batch_size, context.dp_rank, context.dp_size)
+        return calibration_loop(batches, context)
+
+
+@contextlib.contextmanager
+def _quiet_modelopt() -> Iterator[None]:
+    """Keeps ModelOpt's prints off standard output, where a command's results go."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def calibration_loop(batches: Sequence[torch.Tensor], context: ParallelContext) -> ForwardLoop:
+    """Makes a forward loop of token batches, at any pipeline size.
+
+    Args:
+        batches: This data-parallel rank's token ids, each ``[b, s]``.
+        context: This process's place.
+    """
+
+    def loop(model: Any) -> None:
+        with Progress("calibrate", len(batches)) as progress:
+            forward_only(model, batches, context, lambda index, logits: progress.advance())
+
+    return loop

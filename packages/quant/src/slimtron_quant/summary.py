@@ -1,0 +1,103 @@
+"""What a quantization did: which layer got which format, and how far its weights moved."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from slimtron_common.parallel.context import ParallelContext
+from slimtron_quant.formats.detect import detect_format
+
+__all__ = ["LayerSummary", "layer_offset", "linear_modules", "summarize"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSummary:
+    """One linear layer after quantization."""
+
+    name: str
+    """Module name, layers counted from 0 over the whole model."""
+
+    format: str | None
+    """Format of the weights; None where they stay as they were."""
+
+    num_parameters: int
+    """Weights of the whole layer, over all tensor-parallel processes."""
+
+    input_amax: float | None
+    """Largest calibrated input, None where inputs are not quantized."""
+
+    sqnr_db: float | None
+    """Signal-to-quantization-noise ratio of the weights, in decibels:
+    ``10 log10(||W||^2 / ||W - Q(W)||^2)``; None where they are not quantized."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+
+def linear_modules(model: nn.Module) -> dict[str, Any]:
+    """Returns the linear layers of the decoder by name, local to this pipeline stage."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith("decoder.layers.") and getattr(module, "weight", None) is not None
+        and module.weight.dim() == 2
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def summarize(
+    model: nn.Module, context: ParallelContext
+) -> list[LayerSummary]:
+    """Describes every linear layer of the whole model; the same list on every process.
+
+    Args:
+        model: The bare Megatron-Core model with calibrated quantizers.
+        context: This process's place.
+    """
+    offset = layer_offset(model)
+    rows = []
+    for name, module in linear_modules(model).items():
+        sums = torch.zeros(3, dtype=torch.float64, device=context.device)
+        sums[2] = module.weight.numel()
+        spec = detect_format(module)
+        if spec is not None:
+            weight = module.weight.float()
+            sums[0] = weight.square().sum()
+            sums[1] = (weight - module.weight_quantizer(module.weight).float()).square().sum()
+        dist.all_reduce(sums, group=context.tp_group)
+        signal, noise, count = sums.tolist()
+        inputs = getattr(module, "input_quantizer", None)
+        amax = getattr(inputs, "_amax", None) if getattr(inputs, "is_enabled", False) else None
+        sqnr = None
+        if spec is not None:
+            sqnr = 10 * float(torch.log10(torch.tensor(signal / max(noise, 1e-300))))
+        rows.append(
+            LayerSummary(
+                name=global_name(name, offset),
+                format=None if spec is None else spec[0],
+                num_parameters=int(count),
+                input_amax=None if amax is None else float(amax.max()),
+                sqnr_db=sqnr,
+            )
+        )
+    stages: list[list[LayerSummary]] = [[] for _ in range(context.pp_size)]
+    dist.all_gather_object(stages, rows, group=context.pp_group)
+    return [row for stage in stages for row in stage]
+
+
+def layer_offset(model: Any) -> int:
+    """Layers of the whole model that come before this pipeline stage's first."""
+    return int(model.decoder.layers[0].layer_number) - 1
+
+
+def global_name(name: str, offset: int) -> str:
+    """Renames ``decoder.layers.<local>`` to the layer's number in the whole model."""
+    parts = name.split(".")
+    parts[2] = str(int(parts[2]) + offset)
+    return ".".join(parts)

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
+from modelopt.torch.export.quant_utils import process_layer_quant_config
+
+from slimtron_common.errors import ConfigError
+from slimtron_quant.formats.hf_quant_config import config_json_quantization, hf_quant_config
+
+Spec = tuple[str, int | None] | None
+
+
+def layers(quantized: Spec, others: dict[str, Spec] | None = None) -> dict[str, Spec]:
+    names = [f"model.layers.{i}.mlp.{p}_proj" for i in range(12) for p in ("up", "gate", "down")]
+    return {**dict.fromkeys(names, quantized), "lm_head": None, **(others or {})}
+
+
+@pytest.mark.parametrize(
+    ("spec", "modelopt_format"),
+    [
+        (("fp8", None), "fp8"),
+        (("int8", None), "int8_sq"),
+        (("int8_sq", None), "int8_sq"),
+        (("int4_awq", 64), "int4_awq"),
+    ],
+)
+def test_says_what_modelopt_says(spec: Spec, modelopt_format: str) -> None:
+    assert spec is not None
+    # ModelOpt wants the weights' names with two keys a layer.
+    given: dict[str, object] = {"lm_head.quantization": None}
+    for name in layers(None):
+        if name != "lm_head":
+            given[f"{name}.quantization"] = modelopt_format
+            given[f"{name}.awq_block_size"] = spec[1] or 0
+    expected = process_layer_quant_config(given)
+    written = hf_quant_config(layers(spec))
+    assert written["producer"]["name"] == "modelopt"
+    assert written["quantization"] == expected
+    assert written["quantization"]["exclude_modules"] == ["lm_head"]
+
+
+def test_plain_int4_has_no_pre_quant_scale() -> None:
+    assert hf_quant_config(layers(("int4", 128)))["quantization"] == {
+        "quant_algo": "W4A16_AWQ",
+        "group_size": 128,
+        "has_zero_point": False,
+        "pre_quant_scale": False,
+        "kv_cache_quant_algo": None,
+        "exclude_modules": ["lm_head"],
+    }
+
+
+@pytest.mark.parametrize("spec", [("fp8", None), ("int8_sq", None), ("int4_awq", 32)])
+def test_both_files_agree(spec: Spec) -> None:
+    given = layers(spec)
+    file, config = hf_quant_config(given), config_json_quantization(given)
+    converted = convert_hf_quant_config_format(file)
+    # ModelOpt's own conversion drops the settings of integer formats; nothing it says is changed.
+    assert {key: config[key] for key in converted} == converted
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
+    for key in set(file["quantization"]) - {"kv_cache_quant_algo", "exclude_modules"}:
+        assert config[key] == file["quantization"][key]
+    assert config["ignore"] == file["quantization"]["exclude_modules"]
+    assert "quantized_layers" not in config
+
+
+def test_mixed_formats_are_listed_layer_by_layer() -> None:
+    given = layers(
+        ("fp8", None), {"model.layers.0.self_attn.o_proj": ("int4_awq", 64), "lm_head": None}
+    )
+    file, config = hf_quant_config(given), config_json_quantization(given)
+    quantization = file["quantization"]
+    assert quantization["quant_algo"] == "MIXED_PRECISION"
+    assert len(quantization["quantized_layers"]) == 37
+    assert quantization["quantized_layers"]["model.layers.0.self_attn.o_proj"] == {
+        "quant_algo": "W4A16_AWQ",
+        "group_size": 64,
+        "has_zero_point": False,
+        "pre_quant_scale": True,
+    }
+    assert quantization["exclude_modules"] == ["lm_head"]
+    converted = convert_hf_quant_config_format(file)
+    assert {key: config[key] for key in converted} == converted
+
+
+def test_excluded_layers_are_named_in_full() -> None:
+    given = layers(("fp8", None), {f"model.layers.1.self_attn.{p}_proj": None for p in "qkv"})
+    assert hf_quant_config(given)["quantization"]["exclude_modules"] == [
+        "lm_head",
+        "model.layers.1.self_attn.k_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.v_proj",
+    ]
+
+
+def test_json_able_and_deterministic() -> None:
+    given = layers(("int4_awq", 64))
+    for function in (hf_quant_config, config_json_quantization):
+        assert json.dumps(function(given)) == json.dumps(function(dict(given)))
+
+
+def test_nothing_quantized_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="nothing is quantized"):
+        hf_quant_config(layers(None))
