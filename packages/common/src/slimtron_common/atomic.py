@@ -100,14 +100,17 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         _flush_tree(temporary)
-        _move_into_place(temporary, path, overwrite=overwrite)
+        _move_into_place(temporary, path, overwrite=overwrite, exchange=True)
     finally:
         # Holds what was replaced, or what is unfinished.
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def publish_directory(source: Path, path: Path, *, overwrite: bool = False) -> None:
-    """Moves a finished directory to ``path`` in one step, as `atomic_directory` does at its end.
+    """Moves a finished directory to ``path``; at every moment ``source`` holds it, or ``path``.
+
+    A process that is killed while it replaces a directory may leave the old one as a hidden
+    sibling, which the next call for the same path puts back or removes.
 
     Args:
         source: The directory, on the file system of ``path``.
@@ -121,9 +124,8 @@ def publish_directory(source: Path, path: Path, *, overwrite: bool = False) -> N
     _recover(path)
     check_writable(path, overwrite=overwrite)
     _flush_tree(source)
-    _move_into_place(source, path, overwrite=overwrite)
-    # Holds what was replaced.
-    shutil.rmtree(source, ignore_errors=True)
+    # An exchange would leave the old directory under the name of the finished one.
+    _move_into_place(source, path, overwrite=overwrite, exchange=False)
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -186,20 +188,20 @@ def _recover(path: Path) -> None:
             temporary.unlink()
 
 
-def _move_into_place(temporary: Path, path: Path, *, overwrite: bool) -> None:
+def _move_into_place(source: Path, path: Path, *, overwrite: bool, exchange: bool) -> None:
     try:
         # Also replaces an empty directory.
-        temporary.rename(path)
+        source.rename(path)
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
         if not overwrite:
             raise CheckpointError("was created by someone else meanwhile", where=path) from error
-        if not _exchange(temporary, path):
+        if not (exchange and _exchange(source, path)):
             old = _sibling(path, "old")
             path.rename(old)
             try:
-                temporary.rename(path)
+                source.rename(path)
             except OSError:
                 old.rename(path)
                 raise

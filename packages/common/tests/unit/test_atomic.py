@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from slimtron_common import atomic
-from slimtron_common.atomic import atomic_directory, atomic_write, check_writable
+from slimtron_common.atomic import (
+    atomic_directory,
+    atomic_write,
+    check_writable,
+    publish_directory,
+)
 from slimtron_common.errors import CheckpointError
 
 SWAPS = [
@@ -140,11 +145,12 @@ def test_leftovers_of_the_living_and_of_other_machines_are_left_alone(target: Pa
 # makes to the file system.
 CHILD = """
     import os, signal, sys
+    sys.path.insert(0, {source!r})
     from pathlib import Path
     from slimtron_common import atomic
 
-    target, spot, exchange = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
-    if not exchange:
+    target = Path({target!r})
+    if not {exchange}:
         atomic._exchange = lambda *_: False
     steps = 0
 
@@ -152,28 +158,31 @@ CHILD = """
         global steps
         if event.startswith(("open", "os.", "shutil.", "ctypes.", "pathlib.")):
             steps += 1
-            if steps == spot:
+            if steps == {spot}:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
+"""
+WRITE = """
     with atomic.atomic_directory(target, overwrite=True) as temporary:
         (temporary / "deep").mkdir()
         (temporary / "a.txt").write_text("new")
         (temporary / "deep" / "b.txt").write_text("new")
 """
+PUBLISH = """
+    atomic.publish_directory(target.with_name("work") / "export", target, overwrite=True)
+"""
 
 
-def run_killed(target: Path, spot: int, exchange: bool) -> bool:
+def run_killed(target: Path, spot: int, work: str, *, exchange: bool = True) -> bool:
     """Returns whether the child was killed; False: it had fewer steps than `spot`."""
-    arguments = [str(target), str(spot), str(exchange)]
-    child = subprocess.run([sys.executable, "-S", "-c", _program(), *arguments], check=False)
+    source = str(Path(atomic.__file__).parent.parent)
+    program = textwrap.dedent(CHILD + work).format(
+        source=source, target=str(target), exchange=exchange, spot=spot
+    )
+    child = subprocess.run([sys.executable, "-S", "-c", program], check=False)
     assert child.returncode in (0, -signal.SIGKILL)
     return child.returncode != 0
-
-
-def _program() -> str:
-    source = Path(atomic.__file__).parent.parent
-    return f"import sys; sys.path.insert(0, {str(source)!r})\n" + textwrap.dedent(CHILD)
 
 
 @pytest.mark.parametrize("exchange", SWAPS)
@@ -189,7 +198,7 @@ def test_a_kill_at_any_step_leaves_all_or_nothing(
         if overwriting:
             target.mkdir()
             write(target, "old")
-        killed = run_killed(target, spot, exchange)
+        killed = run_killed(target, spot, WRITE, exchange=exchange)
         if target.exists():
             assert contents(target) in (whole("old"), whole("new"))
         else:
@@ -208,6 +217,42 @@ def test_a_kill_at_any_step_leaves_all_or_nothing(
     assert spot > 10
     assert after == whole("new")
     assert seen == {"old" if overwriting else None, "new"}
+
+
+@pytest.mark.parametrize("overwriting", [False, True])
+def test_a_kill_at_any_step_of_publishing_leaves_the_new_directory_somewhere(
+    tmp_path: Path, overwriting: bool
+) -> None:
+    spot = 1
+    while True:
+        target = tmp_path / f"{spot}" / "out"
+        work = target.with_name("work") / "export"
+        work.mkdir(parents=True)
+        write(work, "new")
+        if overwriting:
+            target.mkdir()
+            write(target, "old")
+        killed = run_killed(target, spot, PUBLISH)
+        if work.exists():
+            assert contents(work) == whole("new")
+            assert contents(target) in (whole("old") if overwriting else {}, {})
+            publish_directory(work, target, overwrite=overwriting)
+        assert contents(target) == whole("new")
+        if not killed:
+            break
+        spot += 1
+    assert spot > 5
+    assert sorted(os.listdir(target.parent)) == ["out", "work"]
+
+
+def test_publishing_does_not_overwrite_unasked(target: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    for directory, content in ((work, "new"), (target, "old")):
+        directory.mkdir()
+        write(directory, content)
+    with pytest.raises(CheckpointError, match="exists already"):
+        publish_directory(work, target)
+    assert (contents(work), contents(target)) == (whole("new"), whole("old"))
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

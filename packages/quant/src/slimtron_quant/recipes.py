@@ -161,13 +161,17 @@ def quantization_recipe(
 
     Raises:
         ConfigError: The block size does not divide an input dimension, a pattern of
-            ``exclude`` matches nothing, or no recipe is given.
+            ``exclude`` matches nothing, or nothing is left to quantize.
         MissingDependencyError: ModelOpt is absent, or too old for the recipe.
     """
     if config.algorithm is None:
         raise ConfigError("no recipe to quantize with", where="algorithm", found=None)
     recipe = recipe_named(config.algorithm)
     excluded = excluded_modules(config.exclude, architecture)
+    if excluded == quantizable_modules(architecture):
+        raise ConfigError(
+            "every layer is excluded: nothing is quantized", where="exclude", found=config.exclude
+        )
     quant_config = named_config(recipe.modelopt_config).with_entries(
         *_disabled(["output_layer", "embedding", *_local(excluded, layer_offset)])
     )

@@ -172,7 +172,7 @@ def test_misfit_names_the_layers_and_what_fits() -> None:
     assert "self_attention.linear_qkv has 576" in text
     assert "linear_fc2" not in text
     assert "allowed: 64, 32, 16" in text
-    with pytest.raises(ConfigError, match="of each of 8 processes: .*linear_fc2 has 192"):
+    with pytest.raises(ConfigError, match=r"of each of 8 processes: .*linear_fc2 has 192"):
         resolve_block_size(QuantizationConfig("int4"), SMOLLM, tensor_parallel_size=8)
 
 
@@ -229,6 +229,12 @@ def test_a_pattern_that_matches_nothing_is_an_error(pattern: str) -> None:
     assert error.value.where == "exclude"
     assert error.value.found == pattern
     assert "decoder.layers." in str(error.value.allowed)
+
+
+def test_excluding_everything_is_an_error() -> None:
+    config = QuantizationConfig("fp8", exclude=("*.mlp", "*.linear_qkv", "*.linear_proj"))
+    with pytest.raises(ConfigError, match="every layer is excluded"):
+        quantization_recipe(config, SMOLLM)
 
 
 def test_no_recipe_is_an_error() -> None:

@@ -24,7 +24,7 @@ from slimtron_common.lines import EXTRAS, LINES
 if TYPE_CHECKING:
     from rich.console import Console
 
-HELP = "tell whether this environment can run Slimtron, and how to mend it"
+HELP = "Tell whether this environment can run Slimtron, and how to mend it."
 EPILOG = """\
 Examples:
   slimtron-common doctor

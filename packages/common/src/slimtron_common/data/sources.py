@@ -175,15 +175,17 @@ def _split_all(texts: Iterable[str], shuffle_seed: int | None) -> Iterator[Itera
 
 
 def _split(blocks: Iterable[str]) -> Iterator[str]:
-    """Moves the ends of blocks back to their last word; a block without words stays as it is."""
-    rest = ""
+    """Moves the ends of blocks back to their last word; one without words stays as it is."""
+    text = ""
     for block in blocks:
-        match = _UP_TO_LAST_WORD.match(block)
-        end = len(block) if match is None else match.end()
-        yield rest + block[:end]
-        rest = block[end:]
-    if rest:
-        yield rest
+        if text:
+            match = _UP_TO_LAST_WORD.match(text)
+            end = len(text) if match is None else match.end()
+            yield text[:end]
+            text = text[end:]
+        text += block
+    if text:
+        yield text
 
 
 def _shuffle(texts: Iterable[str], seed: int) -> Iterator[str]:

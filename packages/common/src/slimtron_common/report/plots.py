@@ -28,7 +28,7 @@ _VARIABLES = {
     **{color: f"var(--series-{index})" for index, color in enumerate(_SERIES)},
 }
 
-_SIZE_INCHES = (6.8, 2.9)
+_SIZE_INCHES = (5.8, 2.7)
 _MAX_LABELS = 24
 _MAX_LABEL_LENGTH = 24
 _MAX_UPRIGHT_CHARACTERS = 72
@@ -98,15 +98,19 @@ def _draw(axes: Axes, plot: Plot) -> None:
         axes.spines[side].set_visible(False)
     axes.grid(axis="y", color=_GRID, linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.tick_params(length=0)
+    axes.tick_params(which="both", length=0)
     axes.set_xlabel(plot.x_label)
     axes.set_ylabel(plot.y_label)
 
     series = [[_drawable(value) for value in values] for values in plot.series.values()]
     if plot.log_y and any(value > 0 for values in series for value in values):
         axes.set_yscale("log", nonpositive="mask" if plot.kind == "line" else "clip")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     if plot.log_x and plot.kind != "bar":
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
     elif all(isinstance(x, int) for x in plot.x):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -149,7 +153,7 @@ def _draw_bars(axes: Axes, plot: Plot, series: list[list[float]]) -> None:
 def _draw_histogram(axes: Axes, plot: Plot, series: list[list[float]]) -> None:
     for index, values in enumerate(series):
         color = _SERIES[index % NUM_COLORS]
-        axes.stairs(values, plot.x, fill=True, color=color, alpha=0.18)
+        axes.stairs(values, plot.x, fill=True, color=color, alpha=0.12)
         axes.stairs(values, plot.x, color=color, linewidth=1.3)
 
 
@@ -174,11 +178,9 @@ def _fit_into_page(svg: str) -> str:
     referenced = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
 
     def adapt(tag: re.Match[str]) -> str:
-        text = re.sub(r'(?<=<svg) |( (?:width|height)="[\d.]+pt")', " ", tag[0])
-        text = re.sub(
-            r' id="([^"]*)"', lambda match: match[0] if match[1] in referenced else "", text
-        )
-        return re.sub("#[0-9a-f]{6}", lambda match: _VARIABLES.get(match[0], match[0]), text)
+        text = re.sub(r' (?:width|height)="[\d.]+pt"|font-family: [^;"]*; ', "", tag[0])
+        text = re.sub(r' id="([^"]*)"', lambda id_: id_[0] if id_[1] in referenced else "", text)
+        return re.sub("#[0-9a-f]{6}", lambda color: _VARIABLES.get(color[0], color[0]), text)
 
     # Only inside tags: the labels between them are the user's own text.
     return re.sub("<[^>]+>", adapt, svg)

@@ -119,10 +119,13 @@ class _Layer:
             raise UnsupportedModelError(
                 "AWQ needs one weight matrix a layer", where=name, found="grouped experts"
             )
+        self.calibrates_inputs = inputs.is_enabled and not inputs._dynamic
         blocks = inputs.block_sizes or {"type": "dynamic"}
-        if inputs.axis not in (None, -1) or blocks.get("type") != "dynamic":
+        if self.calibrates_inputs and (
+            inputs.axis not in (None, -1) or blocks.get("type") != "dynamic"
+        ):
             raise UnsupportedModelError(
-                "AWQ needs inputs that share one scale, or have none that is calibrated",
+                "AWQ needs calibrated inputs to share one scale",
                 where=f"{name}.input_quantizer",
                 found=f"axis {inputs.axis}, block_sizes {inputs.block_sizes}",
             )
@@ -143,18 +146,17 @@ class _Layer:
     def observed(self) -> Iterator[None]:
         """Collects statistics of what the layer's GEMM reads, while entered."""
         inputs = self.module.input_quantizer
-        calibrated = inputs.is_enabled and not inputs._dynamic
-        if calibrated:
+        if self.calibrates_inputs:
             inputs.axis = -1
         hook = inputs.register_forward_pre_hook(lambda _, arguments: self._observe(arguments[0]))
         try:
             yield
-            if calibrated and inputs.amax is not None:
+            if self.calibrates_inputs and inputs.amax is not None:
                 self.input_amax = inputs.amax
                 inputs.reset_amax()
         finally:
             hook.remove()
-            if calibrated:
+            if self.calibrates_inputs:
                 inputs.axis = None
 
     def _observe(self, x: Tensor) -> None:

@@ -42,10 +42,7 @@ class Int4(Format):
         block_size: int | None = None,
     ) -> dict[str, Tensor]:
         out_dim, in_dim = weight.shape
-        if out_dim % 2:
-            raise CheckpointError(
-                "the INT4 layout packs output channels in pairs", found=f"{out_dim} channels"
-            )
+        _check_pairs(out_dim)
         if not block_size or in_dim % block_size:
             raise CheckpointError(
                 "the block size must divide the input dimension",
@@ -66,6 +63,7 @@ class Int4(Format):
         self, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, shape: Sequence[int]
     ) -> Tensor:
         out_dim, in_dim = shape
+        _check_pairs(out_dim)
         packed = take(tensors, "weight", torch.uint8, (out_dim // 2, in_dim))
         blocks = tensors["weight_scale"].shape[-1] if "weight_scale" in tensors else 1
         scale = take(tensors, "weight_scale", torch.float32, (out_dim, blocks))
@@ -75,6 +73,8 @@ class Int4(Format):
                 where="weight_scale",
                 found=f"{blocks} blocks on {in_dim} channels",
             )
+        if "pre_quant_scale" in tensors:
+            take(tensors, "pre_quant_scale", tensors["pre_quant_scale"].dtype, (in_dim,))
         halves = torch.stack([packed & 0xF, packed >> 4], 1).reshape(out_dim, in_dim)
         # Bit 3 is worth -8 in two's complement.
         codes = (halves ^ 8).float() - 8
@@ -92,3 +92,10 @@ class Int4(Format):
     def scheme(self, block_size: int | None) -> dict[str, Any]:
         weights = {"dynamic": False, "num_bits": 4, "type": "int", "group_size": block_size}
         return {"weights": weights}
+
+
+def _check_pairs(out_dim: int) -> None:
+    if out_dim % 2:
+        raise CheckpointError(
+            "the INT4 layout packs output channels in pairs", found=f"{out_dim} channels"
+        )

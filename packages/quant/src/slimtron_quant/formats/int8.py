@@ -53,6 +53,8 @@ class Int8(Format):
         codes = take(tensors, "weight", torch.int8, shape)
         scale = take(tensors, "weight_scale", torch.float32, shape[:1])
         take(tensors, "input_scale", torch.float32, ())
+        if "pre_quant_scale" in tensors:
+            take(tensors, "pre_quant_scale", tensors["pre_quant_scale"].dtype, shape[1:])
         return (codes.float() * scale[:, None]).to(dtype).float()
 
     def quantize_activation(self, x: Tensor, input_scale: Tensor | None) -> Tensor:

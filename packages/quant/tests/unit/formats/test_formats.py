@@ -8,11 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from modelopt.torch.export.quant_utils import (
-    get_scaling_factor,
-    pack_int4_in_uint8,
-    to_quantized_weight,
-)
+from modelopt.torch.export.quant_utils import get_scaling_factor, to_quantized_weight
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor
@@ -143,13 +139,12 @@ def test_bytes_are_those_of_modelopts_export(name: str) -> None:
     scale = torch.full(shape, 2.0**-9)
     amax = scale * BOUNDS[name]
     tensors = pack(name, weight, amax)
-    if name == "int4":
-        expected = pack_int4_in_uint8(weight, scale, BLOCK)
-    else:
-        quantization = {"fp8": "fp8", "int8": "int8_sq"}[name]
-        # ModelOpt leaves saturation to the amax being the largest magnitude.
-        limit = BOUNDS["fp8"] * 2.0**-9 if name == "fp8" else float("inf")
-        expected = to_quantized_weight(weight.clamp(-limit, limit), scale, quantization)
+    quantization = {"fp8": "fp8", "int8": "int8_sq", "int4": "int4_awq"}[name]
+    # ModelOpt leaves FP8's saturation to the amax being the largest magnitude.
+    limit = float(amax.max()) if name == "fp8" else float("inf")
+    expected = to_quantized_weight(
+        weight.clamp(-limit, limit), scale, quantization, block_size=BLOCK
+    )
     assert tensors["weight"].dtype == expected.dtype
     assert torch.equal(tensors["weight"].view(torch.uint8), expected.view(torch.uint8))
 
@@ -230,6 +225,8 @@ def test_int4_packs_whole_pairs_and_whole_blocks_only() -> None:
         pack("int4", torch.ones(47, IN), torch.ones(47, IN // BLOCK))
     with pytest.raises(CheckpointError, match="blocks of 128 on 192"):
         pack("int4", torch.ones(OUT, IN), torch.ones(OUT, 2), block_size=128)
+    with pytest.raises(CheckpointError, match="47 channels"):
+        FORMATS["int4"].unpack({}, dtype=torch.float32, shape=(47, IN))
     with pytest.raises(CheckpointError, match="blocks of None"):
         pack("int4", torch.ones(OUT, IN), torch.ones(OUT, 2), block_size=None)
 
@@ -242,6 +239,9 @@ def test_pre_quant_scale_is_stored_where_the_layout_has_it() -> None:
         tensors = pack(name, weight, amax, pre_quant_scale=factor[None])
         assert torch.equal(tensors["pre_quant_scale"], factor)
         assert torch.equal(unpack(name, tensors), unpack(name, pack(name, weight, amax)))
+        for damaged in (factor[1:], factor * 0):
+            with pytest.raises(CheckpointError, match="pre_quant_scale"):
+                unpack(name, {**tensors, "pre_quant_scale": damaged})
     with pytest.raises(CheckpointError, match="pre_quant_scale"):
         pack("fp8", weight, torch.tensor(1.0), pre_quant_scale=factor)
 

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slimtron_common.checkpoint.weights import gather_shards, load_weights, whole_tensors
+from slimtron_common.models.architecture import Architecture
+from slimtron_common.models.megatron import build_model
+from slimtron_common.parallel import ParallelConfig, forward_only, initialize_parallel
+from slimtron_common.testing import run_ranks
+from slimtron_quant.awq import LayerScale, awq_calibrate
+
+ARCHITECTURE = Architecture(
+    family="llama",
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=128,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=16,
+    vocab_size=96,
+    max_position_embeddings=64,
+    norm_epsilon=1e-5,
+    rotary_base=10000.0,
+)
+LAYOUTS = {
+    "tensor": ParallelConfig(tensor_parallel_size=2),
+    "sequence": ParallelConfig(tensor_parallel_size=2, sequence_parallel=True),
+    "pipeline": ParallelConfig(pipeline_parallel_size=2),
+    "data": ParallelConfig(),
+}
+
+Outcome = tuple[dict[str, LayerScale], dict[str, Tensor]]
+
+
+def read(name: str) -> Tensor:
+    """A Hugging Face tensor of the model, the same in every layout."""
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    h, f = ARCHITECTURE.hidden_size, ARCHITECTURE.ffn_hidden_size
+    kv = ARCHITECTURE.num_query_groups * ARCHITECTURE.head_dim
+    shapes = {
+        "embed": (ARCHITECTURE.vocab_size, h),
+        "lm_head": (ARCHITECTURE.vocab_size, h),
+        "q_proj": (h, h),
+        "o_proj": (h, h),
+        "k_proj": (kv, h),
+        "v_proj": (kv, h),
+        "gate": (f, h),
+        "up": (f, h),
+        "down": (h, f),
+    }
+    shape = next((s for key, s in shapes.items() if key in name), None)
+    if shape is None:
+        return torch.rand(h, generator=generator) * 3 + 0.2
+    return torch.randn(shape, generator=generator) * 0.2
+
+
+def config(name: str) -> dict[str, Any]:
+    import modelopt.torch.quantization as mtq
+
+    result: dict[str, Any] = copy.deepcopy(getattr(mtq, name))
+    for entry in result["quant_cfg"]:
+        attributes = entry.get("cfg") or []
+        for item in attributes if isinstance(attributes, list) else [attributes]:
+            if item.get("block_sizes"):
+                item["block_sizes"] = {**item["block_sizes"], -1: 16}
+    result["quant_cfg"].append({"quantizer_name": "*output_layer*", "enable": False})
+    return {**result, "algorithm": None}
+
+
+def calibrate(layout: ParallelConfig, name: str) -> Outcome:
+    """Quantizes the model; returns its layers and tensors, whole and by global names."""
+    import modelopt.torch.quantization as mtq
+
+    with initialize_parallel(layout) as context:
+        model = build_model(ARCHITECTURE, context, dtype=torch.float32)
+        load_weights(model, ARCHITECTURE, context, read)
+        tokens = torch.randint(0, 96, (6, 16), generator=torch.Generator().manual_seed(0))
+        mine = tokens[context.dp_rank :: context.dp_size]
+        mtq.quantize(model, config(name))
+        result = awq_calibrate(model, lambda model: forward_only(model, mine.split(2), context))
+
+        tensors = dict(whole_tensors(model, ARCHITECTURE, context))
+        scales = {}
+        decoder: Any = model.decoder
+        offset = decoder.layers[0].layer_number - 1
+        for local, scale in result.layers.items():
+            _, _, number, rest = local.split(".", 3)
+            layer = f"{int(number) + offset}.{rest}"
+            scales[layer] = scale
+            module: Any = model.get_submodule(local)
+            factor = module.input_quantizer.pre_quant_scale
+            if module._is_row_parallel:
+                factor = torch.cat(gather_shards(factor, context))
+            tensors[f"{layer}.pre_quant_scale"] = factor.clone()
+            # Per tensor, equal on all processes: of inputs, and of weights after INT4.
+            if name == "W4A8_AWQ_BETA_CFG":
+                tensors[f"{layer}.weight_amax"] = module.weight_quantizer[1].amax.clone()
+            if module.input_quantizer.is_enabled:
+                tensors[f"{layer}.input_amax"] = module.input_quantizer.amax.clone()
+        return scales, tensors
+
+
+def check_rank(rank: int, world_size: int, cases: list[tuple[str, str]]) -> list[Outcome]:
+    return [calibrate(LAYOUTS[layout], name) for layout, name in cases]
+
+
+def test_every_layout_gives_the_scales_of_one_process() -> None:
+    names = ["INT4_AWQ_CFG", "W4A8_AWQ_BETA_CFG", "INT8_DEFAULT_CFG"]
+    cases = [(layout, name) for name in names[:2] for layout in LAYOUTS]
+    cases += [("tensor", names[2])]
+    alone = run_ranks(check_rank, 1, [("data", name) for name in names])[0]
+    expected = dict(zip(names, alone, strict=True))
+
+    ranks = run_ranks(check_rank, 2, cases)
+
+    for (layout, name), first, second in zip(cases, *ranks, strict=True):
+        if layout != "pipeline":
+            assert first[0] == second[0], "the choice must be equal to the last bit on all ranks"
+        scales, tensors = ({**mine, **other} for mine, other in zip(first, second, strict=True))
+        reference, whole = expected[name]
+        assert len(scales) == 8
+        for layer, scale in scales.items():
+            assert scale.alpha == reference[layer].alpha, f"{name} {layout} {layer}"
+            assert scale.num_tokens == reference[layer].num_tokens == 96
+            # fp32 sums in another order, of inputs that differ by as much.
+            assert scale.losses == pytest.approx(reference[layer].losses, rel=1e-4)
+            assert scale.signal == pytest.approx(reference[layer].signal, rel=1e-4)
+        torch.testing.assert_close(
+            tensors, whole, rtol=1e-5, atol=1e-5, msg=lambda text: f"{name} {layout}: {text}"
+        )
