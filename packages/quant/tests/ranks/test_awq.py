@@ -128,8 +128,7 @@ def test_every_layout_gives_the_scales_of_one_process() -> None:
             assert scale.alpha == reference[layer].alpha, f"{name} {layout} {layer}"
             assert scale.num_tokens == reference[layer].num_tokens == 96
             # fp32 sums in another order, of inputs that differ by as much.
-            assert scale.losses == pytest.approx(reference[layer].losses, rel=1e-4)
-            assert scale.signal == pytest.approx(reference[layer].signal, rel=1e-4)
-        torch.testing.assert_close(
-            tensors, whole, rtol=1e-5, atol=1e-5, msg=lambda text: f"{name} {layout}: {text}"
-        )
+            assert scale.signal == pytest.approx(reference[layer].signal, rel=1e-5)
+            # A weight midway between two levels takes either by the last bit of its scale.
+            assert scale.losses == pytest.approx(reference[layer].losses, rel=2e-3)
+        torch.testing.assert_close(tensors, whole, rtol=1e-5, atol=1e-5)

@@ -78,7 +78,9 @@ def _replacements() -> list[tuple[Any, str, Any]]:
 def _all_gather_of_scalars(all_gather: Callable[..., Any]) -> Callable[..., Any]:
     """Gives gloo one-element views of zero-dimensional tensors, which it refuses to gather."""
 
-    def wrapped(outputs: list[torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(
+        outputs: list[torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         if tensor.dim() == 0:
             outputs = [output.view(1) if output.dim() == 0 else output for output in outputs]
             tensor = tensor.view(1)

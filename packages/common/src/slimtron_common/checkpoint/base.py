@@ -15,7 +15,14 @@ from slimtron_common.models.architecture import Architecture
 from slimtron_common.models.huggingface import architecture_from_config
 from slimtron_common.parallel.context import ParallelContext
 
-__all__ = ["CONFIG_NAME", "TOKENIZER_FILES", "Checkpoint", "load_tokenizer", "open_checkpoint", "parse_spec"]
+__all__ = [
+    "CONFIG_NAME",
+    "TOKENIZER_FILES",
+    "Checkpoint",
+    "load_tokenizer",
+    "open_checkpoint",
+    "parse_spec",
+]
 
 CONFIG_NAME = "config.json"
 
@@ -54,7 +61,9 @@ def parse_spec(spec: str, *, where: str = "model") -> tuple[str, Path]:
     return kind, Path(path).expanduser()
 
 
-def open_checkpoint(spec: str, *, where: str = "model", trust_remote_code: bool = False) -> Checkpoint:
+def open_checkpoint(
+    spec: str, *, where: str = "model", trust_remote_code: bool = False
+) -> Checkpoint:
     """Opens a checkpoint and reads what it is, without its weights.
 
     Args:
@@ -129,8 +138,20 @@ class Checkpoint(ABC):
         return dtype
 
     def tokenizer(self) -> Any:
-        """Loads the tokenizer beside the weights; raises as ``load_tokenizer``."""
-        return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
+        """Loads the tokenizer beside the weights.
+
+        Raises:
+            CheckpointError: As ``load_tokenizer``, or the tokenizer is another model's.
+        """
+        tokenizer = load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
+        if len(tokenizer) > self.architecture.vocab_size:
+            raise CheckpointError(
+                "the tokenizer has more tokens than the model has embeddings",
+                where=self.path,
+                found=f"{len(tokenizer)} tokens, {self.architecture.vocab_size} embeddings",
+                hint="use the tokenizer that the model was trained with",
+            )
+        return tokenizer
 
     def companion_files(self) -> list[Path]:
         """Tokenizer and generation settings, to be copied to what is made of the model."""
@@ -171,8 +192,10 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError("the file is missing", where=path) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"the file cannot be read: {error}", where=path) from error
     if not isinstance(data, dict):
-        raise CheckpointError("the file must hold a JSON object", where=path, found=type(data))
+        raise CheckpointError(
+            "the file must hold a JSON object", where=path, found=type(data).__name__
+        )
     return data

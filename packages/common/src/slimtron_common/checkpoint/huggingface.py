@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +15,7 @@ from slimtron_common.checkpoint.base import CONFIG_NAME, Checkpoint, read_json
 from slimtron_common.checkpoint.weights import load_weights, whole_tensors
 from slimtron_common.checkpoint.writer import (
     INDEX_NAME,
+    SINGLE_NAME,
     collective_directory,
     copy_files,
     write_safetensors,
@@ -25,7 +27,12 @@ from slimtron_common.models.huggingface import config_from_architecture
 from slimtron_common.models.mapping import model_parameters
 from slimtron_common.parallel.context import ParallelContext
 
-__all__ = ["HuggingFaceCheckpoint", "SafetensorsDirectory", "save_huggingface"]
+__all__ = [
+    "HuggingFaceCheckpoint",
+    "SafetensorsDirectory",
+    "save_huggingface",
+    "write_huggingface",
+]
 
 
 class SafetensorsDirectory:
@@ -38,7 +45,8 @@ class SafetensorsDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file_of = self._locate()
-        self._open: dict[str, safe_open] = {}
+        # safetensors ships no types.
+        self._open: dict[str, Any] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -84,13 +92,14 @@ class SafetensorsDirectory:
 
     def _locate(self) -> dict[str, str]:
         index = self.path / INDEX_NAME
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError("the index has no weight_map", where=index)
+        weight_map = None
+        # Some directories hold the weights twice; this is the order in which transformers looks.
+        if (self.path / SINGLE_NAME).is_file():
+            files = [SINGLE_NAME]
+        elif index.is_file():
+            weight_map = _read_weight_map(index)
             files = sorted(set(weight_map.values()))
         else:
-            weight_map = None
             files = sorted(p.name for p in self.path.glob("*.safetensors"))
         if not files:
             pickles = [p.name for p in self.path.glob("*.bin")]
@@ -121,11 +130,24 @@ class SafetensorsDirectory:
             )
         return located
 
-    def _handle(self, name: str) -> safe_open:
+    def _handle(self, name: str) -> Any:
         file = self._file_of[name]
         if file not in self._open:
             self._open[file] = safe_open(self.path / file, framework="pt")
         return self._open[file]
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError("the index has no weight_map", where=index)
+    for name, file in weight_map.items():
+        # A path could lead out of the directory.
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(
+                f"the index names no file beside it for {name}", where=index, found=repr(file)
+            )
+    return weight_map
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -224,20 +246,36 @@ def save_huggingface(
     Raises:
         CheckpointError: The directory exists or cannot be written.
     """
-    written = dtype or next(model.parameters()).dtype
     with collective_directory(path, context, overwrite=overwrite) as directory:
-        tensors = (
-            (name, tensor.to(written))
-            for name, tensor in whole_tensors(model, architecture, context)
+        write_huggingface(
+            directory, model, architecture, context, dtype=dtype, companions=companions
         )
-        write_safetensors(directory, tensors, context)
-        if context.is_main:
-            config = config_from_architecture(
-                architecture, dtype=str(written).removeprefix("torch.")
-            )
-            write_json(directory / CONFIG_NAME, config)
-            copy_files(companions or [], directory)
-            write_manifest(directory, kind="hf", config={}, metrics={}, seed=None)
+
+
+def write_huggingface(
+    directory: Path,
+    model: nn.Module,
+    architecture: Architecture,
+    context: ParallelContext,
+    *,
+    dtype: torch.dtype | None = None,
+    companions: list[Path] | None = None,
+) -> None:
+    """Fills a directory as ``save_huggingface`` does; its arguments, and an existing directory.
+
+    When it returns, every process can read the files.
+    """
+    written = dtype or next(model.parameters()).dtype
+    tensors = (
+        (name, tensor.to(written)) for name, tensor in whole_tensors(model, architecture, context)
+    )
+    write_safetensors(directory, tensors, context)
+    if context.is_main:
+        config = config_from_architecture(architecture, dtype=str(written).removeprefix("torch."))
+        write_json(directory / CONFIG_NAME, config)
+        copy_files(companions or [], directory)
+        write_manifest(directory, kind="hf", config={}, metrics={}, seed=None)
+    context.barrier()
 
 
 def write_json(path: Path, data: object) -> None:

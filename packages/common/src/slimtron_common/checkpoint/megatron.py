@@ -7,15 +7,17 @@ next to it, and ``DIR/weights`` is a checkpoint of ``megatron.core.dist_checkpoi
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from slimtron_common.checkpoint.base import CONFIG_NAME, Checkpoint
 from slimtron_common.checkpoint.huggingface import write_json
-from slimtron_common.checkpoint.metadata import check_metadata
+from slimtron_common.checkpoint.metadata import check_metadata, refuse_code
 from slimtron_common.checkpoint.writer import collective_directory, copy_files
 from slimtron_common.errors import CheckpointError
 from slimtron_common.manifest import write_manifest
@@ -25,7 +27,7 @@ from slimtron_common.models.mapping import model_parameters
 from slimtron_common.parallel.context import ParallelContext
 from slimtron_common.parallel.unwrap import unwrap_model
 
-__all__ = ["MegatronCheckpoint", "save_megatron"]
+__all__ = ["MegatronCheckpoint", "save_megatron", "write_megatron"]
 
 WEIGHTS_DIR = "weights"
 
@@ -65,10 +67,19 @@ class MegatronCheckpoint(Checkpoint):
 
         model = unwrap_model(model)
         try:
-            state = dist_checkpointing.load(_sharded_weights(model), str(self.weights))
-        except (CheckpointingException, OSError, RuntimeError) as error:
+            with refuse_code():
+                state = dist_checkpointing.load(_sharded_weights(model), str(self.weights))
+        except (
+            CheckpointingException,
+            CheckpointException,
+            pickle.UnpicklingError,
+            OSError,
+            RuntimeError,
+        ) as error:
             raise CheckpointError(
-                f"the weights cannot be read: {error}", where=self.weights
+                "the weights are damaged or not those of this model",
+                where=self.weights,
+                found=str(error).strip().rpartition("\n")[2],
             ) from error
         missing, unexpected = model.load_state_dict(state, strict=False)
         lost = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
@@ -103,20 +114,36 @@ def save_megatron(
     Raises:
         CheckpointError: The directory exists or cannot be written.
     """
+    with collective_directory(path, context, overwrite=overwrite) as directory:
+        write_megatron(directory, model, architecture, context, companions=companions)
+
+
+def write_megatron(
+    directory: Path,
+    model: nn.Module,
+    architecture: Architecture,
+    context: ParallelContext,
+    *,
+    companions: list[Path] | None = None,
+) -> None:
+    """Fills a directory as ``save_megatron`` does; its arguments, and an existing directory.
+
+    When it returns, every process can read the files.
+    """
     from megatron.core import dist_checkpointing
 
     model = unwrap_model(model)
-    with collective_directory(path, context, overwrite=overwrite) as directory:
-        weights = directory / WEIGHTS_DIR
-        if context.is_main:
-            weights.mkdir()
-        context.barrier()
-        dist_checkpointing.save(_sharded_weights(model), str(weights))
-        if context.is_main:
-            dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-            write_json(directory / CONFIG_NAME, config_from_architecture(architecture, dtype=dtype))
-            copy_files(companions or [], directory)
-            write_manifest(directory, kind="megatron", config={}, metrics={}, seed=None)
+    weights = directory / WEIGHTS_DIR
+    if context.is_main:
+        weights.mkdir()
+    context.barrier()
+    dist_checkpointing.save(_sharded_weights(model), str(weights))
+    if context.is_main:
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        write_json(directory / CONFIG_NAME, config_from_architecture(architecture, dtype=dtype))
+        copy_files(companions or [], directory)
+        write_manifest(directory, kind="megatron", config={}, metrics={}, seed=None)
+    context.barrier()
 
 
 def _sharded_weights(model: Any) -> dict[str, Any]:

@@ -1,19 +1,25 @@
-"""Refuse a distributed checkpoint whose index would run code.
+"""Refuse a distributed checkpoint that would run code.
 
-torch's reader unpickles a distributed checkpoint's ``.metadata``. This reads the same file
-first with an unpickler that knows only the classes such an index is made of.
+torch's reader unpickles a distributed checkpoint's ``.metadata``. ``check_metadata`` reads the
+same file first with an unpickler that knows only the classes such an index is made of.
+``refuse_code`` is for what lies in the other files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slimtron_common.errors import CheckpointError
 
-__all__ = ["check_metadata"]
+__all__ = ["check_metadata", "refuse_code"]
 
 _ALLOWED = {
     "builtins": {"dict", "list", "set", "tuple", "slice", "int", "str"},
@@ -21,7 +27,6 @@ _ALLOWED = {
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
     "torch": {"Size", "device"},
     "torch.serialization": {"_get_layout"},
-    "torch._utils": set(),
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
         "ChunkStorageMetadata",
@@ -39,10 +44,26 @@ _ALLOWED = {
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and name.startswith(("float", "bfloat", "int", "uint", "bool"))
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if name not in _ALLOWED.get(module, ()) and not is_dtype:
             raise pickle.UnpicklingError(f"{module}.{name}")
         return super().find_class(module, name)
+
+
+@contextlib.contextmanager
+def refuse_code() -> Iterator[None]:
+    """Makes ``torch.load`` refuse, inside the block, pickles that would run code.
+
+    Even where its caller, as torch's reader of distributed checkpoints, asks for them.
+    """
+    force, permit = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name, None) for name in (force, permit)}
+    os.environ[force] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[force]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def check_metadata(directory: Path) -> None:

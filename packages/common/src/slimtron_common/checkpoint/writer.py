@@ -16,8 +16,15 @@ from safetensors.torch import save_file
 from slimtron_common.atomic import atomic_directory
 from slimtron_common.parallel.context import ParallelContext
 
-__all__ = ["collective_directory", "copy_files", "write_safetensors"]
+__all__ = [
+    "INDEX_NAME",
+    "SINGLE_NAME",
+    "collective_directory",
+    "copy_files",
+    "write_safetensors",
+]
 
+SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -71,7 +78,8 @@ def write_safetensors(
 
     def flush() -> None:
         if pending:
-            part = f".part-{context.pp_rank}-{len(parts)}"
+            # In the order of their names the parts are in the order of the model.
+            part = f".part-{context.pp_rank:05d}-{len(parts):05d}"
             _save(directory / part, pending)
             parts.append((part, {name: _size(tensor) for name, tensor in pending.items()}))
             pending.clear()
@@ -99,7 +107,7 @@ def copy_files(files: Iterable[Path], directory: Path) -> None:
 
 def _name_parts(directory: Path, parts: list[tuple[str, dict[str, int]]]) -> None:
     if len(parts) == 1:
-        (directory / parts[0][0]).rename(directory / "model.safetensors")
+        (directory / parts[0][0]).rename(directory / SINGLE_NAME)
         return
     weight_map = {}
     for number, (part, sizes) in enumerate(parts, 1):

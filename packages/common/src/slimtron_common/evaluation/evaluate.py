@@ -122,16 +122,21 @@ def evaluate(
         accumulator.reduce(context.dp_cp_group)
         # Only the last stage has counted anything: the sum over stages hands it to all.
         accumulator.reduce(context.pp_group)
-    result = counts.result()
     return Evaluation(
-        perplexity=result["perplexity"],
-        loss=result["loss"],
-        num_tokens=result["num_tokens"],
+        perplexity=_measured(counts, "perplexity"),
+        loss=_measured(counts, "loss"),
+        num_tokens=int(_measured(counts, "num_tokens")),
         distances={
-            name: Distance(kl=found["kl"], agreement=found["agreement"])
-            for name, found in ((n, d.result()) for n, d in distances.items())
+            name: Distance(kl=_measured(found, "kl"), agreement=_measured(found, "agreement"))
+            for name, found in distances.items()
         },
     )
+
+
+def _measured(accumulator: MetricAccumulator, name: str) -> float:
+    value = accumulator.result()[name]
+    assert value is not None, "no batch, no token"
+    return value
 
 
 def rank_key(context: ParallelContext) -> str:

@@ -68,41 +68,44 @@ class Architecture:
         """Vocabulary rounded up to a multiple of ``tensor_parallel_size``."""
         return -(-self.vocab_size // tensor_parallel_size) * tensor_parallel_size
 
-    def check_parallel(
-        self, *, tensor_parallel_size: int, pipeline_parallel_size: int
-    ) -> None:
+    @property
+    def tensor_parallel_sizes(self) -> list[int]:
+        """Numbers of processes that the weight matrices can be cut over."""
+        sizes = range(1, self.num_query_groups + 1)
+        return [n for n in sizes if not any(count % n for count in self._tensor_cuts.values())]
+
+    @property
+    def pipeline_parallel_sizes(self) -> list[int]:
+        """Numbers of pipeline stages that the layers can be shared out to."""
+        return [n for n in range(1, self.num_layers + 1) if self.num_layers % n == 0]
+
+    def check_parallel(self, *, tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
         """Refuses a layout that this model cannot be cut into.
 
         Raises:
             ParallelismError: With the dimension that does not divide.
         """
-        for name, value in (
-            ("attention heads", self.num_attention_heads),
-            ("key/value heads (query groups)", self.num_query_groups),
-            ("feed-forward channels", self.ffn_hidden_size),
-        ):
-            if value % tensor_parallel_size:
-                allowed = [d for d in range(1, self.num_query_groups + 1) if self._admits_tp(d)]
+        for name, count in self._tensor_cuts.items():
+            if count % tensor_parallel_size:
                 raise ParallelismError(
-                    f"tensor parallelism must divide the model's {value} {name}",
+                    f"tensor parallelism must divide the model's {count} {name}",
                     where="parallel.tensor_parallel_size",
                     found=tensor_parallel_size,
-                    allowed=", ".join(map(str, allowed)),
+                    allowed=", ".join(map(str, self.tensor_parallel_sizes)),
                 )
-        if self.num_layers % pipeline_parallel_size:
-            allowed = [
-                d for d in range(1, self.num_layers + 1) if self.num_layers % d == 0
-            ]
+        if pipeline_parallel_size not in self.pipeline_parallel_sizes:
             raise ParallelismError(
                 f"pipeline parallelism must divide the model's {self.num_layers} layers",
                 where="parallel.pipeline_parallel_size",
                 found=pipeline_parallel_size,
-                allowed=", ".join(map(str, allowed)),
+                allowed=", ".join(map(str, self.pipeline_parallel_sizes)),
             )
 
-    def _admits_tp(self, size: int) -> bool:
-        return not (
-            self.num_attention_heads % size
-            or self.num_query_groups % size
-            or self.ffn_hidden_size % size
-        )
+    @property
+    def _tensor_cuts(self) -> dict[str, int]:
+        """What tensor parallelism shares out, by its name for messages."""
+        return {
+            "attention heads": self.num_attention_heads,
+            "key/value heads (query groups)": self.num_query_groups,
+            "feed-forward channels": self.ffn_hidden_size,
+        }

@@ -113,7 +113,7 @@ class QueryKeyValue(OutputCut):
         rest = whole.shape[1:]
         sizes = [self.queries_per_group * self.head_dim, self.head_dim, self.head_dim]
         grouped = whole.reshape(self.num_query_groups, sum(sizes), *rest)
-        return [part.reshape(-1, *rest) for part in grouped.split(sizes, 1)]
+        return [part.reshape(-1, *rest) for part in torch.split(grouped, sizes, 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,23 +136,21 @@ def model_parameters(architecture: Architecture) -> Iterator[tuple[int | None, P
     ``{layer}`` for the local number.
     """
     a = architecture
-    embedding = (a.vocab_size, a.hidden_size)
-    yield None, Parameter(
-        ("embedding.word_embeddings.weight",),
-        ("model.embed_tokens.weight",),
-        (embedding,),
-        Vocabulary(a.vocab_size),
+    shapes, vocabulary = ((a.vocab_size, a.hidden_size),), Vocabulary(a.vocab_size)
+    embedding = Parameter(
+        ("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), shapes, vocabulary
     )
+    norm = Parameter(
+        ("decoder.final_layernorm.weight",), ("model.norm.weight",), ((a.hidden_size,),), Layout()
+    )
+    output = Parameter(("output_layer.weight",), ("lm_head.weight",), shapes, vocabulary)
+    yield None, embedding
     for layer in range(a.num_layers):
         for parameter in layer_parameters(architecture, layer):
             yield layer, parameter
-    yield None, Parameter(
-        ("decoder.final_layernorm.weight",), ("model.norm.weight",), ((a.hidden_size,),), Layout()
-    )
+    yield None, norm
     if not a.tied_embeddings:
-        yield None, Parameter(
-            ("output_layer.weight",), ("lm_head.weight",), (embedding,), Vocabulary(a.vocab_size)
-        )
+        yield None, output
 
 
 def layer_parameters(architecture: Architecture, layer: int) -> Iterator[Parameter]:

@@ -97,8 +97,9 @@ def architecture_of(model: Any) -> Architecture:
         UnsupportedModelError: The model is not of the Llama family.
     """
     config = model.config
+    qk_norm, qkv_bias = bool(config.qk_layernorm), bool(config.add_qkv_bias)
     differences = [
-        name
+        f"{name} {found!r}"
         for name, wanted, found in (
             ("normalization", "RMSNorm", config.normalization),
             ("gated_linear_unit", True, config.gated_linear_unit),
@@ -107,19 +108,24 @@ def architecture_of(model: Any) -> Architecture:
             ("num_moe_experts", None, config.num_moe_experts),
             ("multi_latent_attention", False, config.multi_latent_attention),
             ("position_embedding_type", "rope", model.position_embedding_type),
+            ("rotary_interleaved", False, config.rotary_interleaved),
+            ("layernorm_zero_centered_gamma", False, config.layernorm_zero_centered_gamma),
+            ("qk_layernorm with add_qkv_bias", False, qk_norm and qkv_bias),
         )
         if found != wanted
     ]
     if differences:
         raise UnsupportedModelError(
             "the model is not of the Llama family",
-            found=", ".join(f"{n} {getattr(config, n, None)!r}" for n in differences),
+            found=", ".join(differences),
             allowed="RMSNorm, SwiGLU, RoPE, no biases but in QKV, dense layers",
         )
     rotary = getattr(model, "rotary_pos_emb", None)
-    qk_norm, qkv_bias = bool(config.qk_layernorm), bool(config.add_qkv_bias)
+    window = None if config.window_size is None else config.window_size[0] + 1
+    # In Hugging Face's terms; Mistral is a Llama with a window.
+    plain = "llama" if window is None else "mistral"
     return Architecture(
-        family="qwen3" if qk_norm else "qwen2" if qkv_bias else "llama",
+        family="qwen3" if qk_norm else "qwen2" if qkv_bias else plain,
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size,
@@ -135,7 +141,7 @@ def architecture_of(model: Any) -> Architecture:
         tied_embeddings=model.share_embeddings_and_output_weights,
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
-        sliding_window=None if config.window_size is None else config.window_size[0] + 1,
+        sliding_window=window,
         dtype=str(config.params_dtype).removeprefix("torch."),
     )
 
@@ -195,7 +201,8 @@ def _rotary_scaling_factor(model: Any) -> float | None:
         return None
     dim = model.config.kv_channels
     unscaled = float(model.rotary_base) ** (-(dim - 2) / dim)
-    return round(unscaled / float(model.rotary_pos_emb.inv_freq[-1]), 3)
+    lowest = float(model.rotary_pos_emb.inv_freq[-1])
+    return round(unscaled / lowest, 3)
 
 
 def _rotary_base(architecture: Architecture) -> float | int:

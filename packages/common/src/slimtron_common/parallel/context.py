@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import logging
 import os
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,12 +14,12 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from slimtron_common.backend.cpu import cpu_backend
-from slimtron_common.errors import ParallelismError
+from slimtron_common.errors import ConfigError, ParallelismError
 from slimtron_common.parallel.config import ParallelConfig
 
-__all__ = ["ParallelContext", "initialize_parallel"]
+__all__ = ["Device", "ParallelContext", "initialize_parallel", "resolve_device"]
 
-logger = logging.getLogger(__name__)
+Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +73,9 @@ class ParallelContext:
                 "inside your trainer after it has set up its strategy",
             )
         if device is None:
-            cuda = torch.cuda.is_available()
-            device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+            device = torch.device("cpu")
+            if torch.cuda.is_available():
+                device = torch.device("cuda", torch.cuda.current_device())
         return cls(
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
@@ -138,7 +138,7 @@ class ParallelContext:
 def initialize_parallel(
     config: ParallelConfig | None = None,
     *,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: Device = "auto",
     seed: int = 1234,
     timeout_minutes: float = 30.0,
 ) -> ParallelContext:
@@ -154,11 +154,11 @@ def initialize_parallel(
         timeout_minutes: How long a collective waits for a process that is late.
 
     Raises:
+        ConfigError: A GPU was asked for and torch sees none.
         ParallelismError: The layout does not fit the processes or the GPUs.
     """
     config = config or ParallelConfig()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(device)
     with contextlib.ExitStack() as stack:
         if device == "cpu":
             stack.enter_context(cpu_backend())
@@ -183,6 +183,25 @@ def initialize_parallel(
         )
 
 
+def resolve_device(device: Device) -> Literal["cpu", "cuda"]:
+    """The kind of device that a job runs on.
+
+    Raises:
+        ConfigError: A GPU was asked for and torch sees none.
+    """
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise ConfigError(
+            "torch sees no GPU",
+            where="device",
+            found=device,
+            hint="use the device cpu, or ask `slimtron-common doctor` what is wrong",
+        )
+    if device == "auto":
+        return "cuda" if cuda else "cpu"
+    return device
+
+
 def check_world_size(config: ParallelConfig, world_size: int) -> None:
     """Refuses a layout that the number of processes cannot hold.
 
@@ -198,7 +217,7 @@ def check_world_size(config: ParallelConfig, world_size: int) -> None:
             where="parallel",
             found=f"{world_size} process{'es' if world_size > 1 else ''}",
             allowed=f"a multiple of {needed}",
-            hint=f"start it with: torchrun --nproc-per-node {needed} -m slimtron_quant run ...",
+            hint=f"start it with: torchrun --nproc-per-node {needed} -m slimtron_NAME ...",
         )
     rest = world_size // config.tensor_parallel_size // config.pipeline_parallel_size
     if rest % config.expert_parallel_size:
@@ -246,9 +265,9 @@ def _init_process_group(device: str, timeout_minutes: float) -> None:
             )
         torch.cuda.set_device(local_rank)
     if world_size == 1:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+        # torch exports HashStore without listing it.
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:

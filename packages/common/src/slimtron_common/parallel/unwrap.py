@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -68,7 +67,7 @@ def _search(holder: Any) -> list[nn.Module]:
         return [holder]
     # MegatronParallel is a ModuleList and forwards unknown attributes to its first chunk, so
     # its items come before its `.module`.
-    if isinstance(holder, Sequence | nn.ModuleList):
+    if isinstance(holder, list | tuple | nn.ModuleList):
         return [chunk for item in holder for chunk in _search(item)]
     inner = getattr(holder, "module", None)
     return _search(inner) if inner is not None and inner is not holder else []

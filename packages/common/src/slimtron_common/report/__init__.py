@@ -2,9 +2,11 @@
 
 from slimtron_common.report.comparison import (
     STANDARD_METRICS,
+    Cell,
     Column,
     Comparison,
     Metric,
+    Number,
     Plot,
     Table,
 )
@@ -14,9 +16,11 @@ from slimtron_common.report.write import write_report
 
 __all__ = [
     "STANDARD_METRICS",
+    "Cell",
     "Column",
     "Comparison",
     "Metric",
+    "Number",
     "Plot",
     "Table",
     "print_comparison",

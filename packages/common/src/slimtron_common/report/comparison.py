@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal, TypeAlias
 
 from slimtron_common.errors import ConfigError
@@ -80,7 +81,7 @@ class Plot:
     x: tuple[str, ...] | tuple[float | int, ...]
     """Positions or names of the points or bars; for a histogram the ``n + 1`` edges of its bins."""
 
-    series: dict[str, tuple[Number, ...]]
+    series: Mapping[str, tuple[Number, ...]]
     """Values by name, one per entry of ``x``; for a histogram the ``n`` counts."""
 
     x_label: str = ""
@@ -96,8 +97,11 @@ class Plot:
         length = len(self.x)
         if self.kind == "histogram":
             edges = [edge for edge in self.x if not isinstance(edge, str)]
-            if len(edges) != length or not all(a < b for a, b in zip(edges, edges[1:], strict=False)):
+            is_increasing = all(a < b for a, b in pairwise(edges))
+            if len(edges) != length or length < 2 or not is_increasing:
                 raise ConfigError("the edges of a histogram must be increasing", where=where)
+            if self.log_x and edges[0] <= 0:
+                raise ConfigError("edges on a logarithmic axis must be positive", where=where)
             length -= 1
         for name, values in self.series.items():
             if len(values) != length:

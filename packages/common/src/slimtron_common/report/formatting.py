@@ -35,7 +35,7 @@ def format_value(value: Number, metric: Metric) -> str:
     if metric.format == "bytes":
         return _bytes(value)
     if metric.format == "fraction":
-        return f"{value:.2%}"
+        return _percent(value)
     if metric.format == "count":
         return f"{value:,.0f}"
     return _number(value)
@@ -95,6 +95,12 @@ def _number(value: float) -> str:
     if 1000 <= size < 1e7:
         return f"{value:,.1f}"
     return f"{value:.4g}"
+
+
+def _percent(value: float) -> str:
+    """Two decimals, and as many more as tell it from 0% and 100%."""
+    text = f"{value:.2%}"
+    return f"{100 * value:.6g}%" if text in ("0.00%", "100.00%") and value not in (0, 1) else text
 
 
 def _bytes(value: float) -> str:

@@ -54,12 +54,16 @@ def read_report(path: Path) -> Comparison:
     except ConfigError as error:
         raise CheckpointError(f"is not a report: {error}", where=file) from error
     # Whatever validation dropped or converted would differ when written again.
-    if json.loads(to_json(comparison)) != json.loads(text):
+    if _canonical(to_json(comparison)) != _canonical(text):
         raise CheckpointError("holds fields or values that no report has", where=file)
     return comparison
 
 
 def _decode(value: dict[str, Any]) -> Any:
-    if value.keys() == {"float"}:
-        return float(value["float"])
+    if value.keys() == {"__float__"} and value["__float__"] in ("nan", "inf", "-inf"):
+        return float(value["__float__"])
     return value
+
+
+def _canonical(text: str) -> str:
+    return json.dumps(json.loads(text), sort_keys=True)

@@ -104,26 +104,27 @@ def _card(metric: Metric, value: Number, baseline: Number) -> str:
     else:
         note = _BETTER[metric.better][1]
     return (
-        f'<div class="card"><h3>{escape(metric.label)} {_unit(metric)}</h3>'
+        f'<div class="card"><h3>{_label(metric)}</h3>'
         f'<p class="value">{_value(value, metric)}</p>'
         f'<p class="hint">{note}</p>{_bars(value, baseline, metric)}</div>'
     )
 
 
 def _bars(value: Number, baseline: Number, metric: Metric) -> str:
-    """Bars to scale, before above after; a fraction stands alone on its whole."""
-    numbers = {"was": baseline, "is": value}
-    if metric.format == "fraction" and baseline is None:
-        numbers = {"is": value}
-    lengths = [number for number in numbers.values() if number is not None and number >= 0]
-    longest = 1.0 if metric.format == "fraction" else max(lengths, default=0)
-    if len(lengths) < len(numbers) or not 0 < longest < math.inf:
+    """Bars to scale, before above after; a fraction also stands alone, on its whole."""
+    is_fraction = metric.format == "fraction"
+    bars = {"was": baseline, "is": value}
+    if is_fraction and baseline is None:
+        del bars["was"]
+    lengths = [length for length in bars.values() if length is not None and length >= 0]
+    whole = 1.0 if is_fraction else max(lengths, default=0.0)
+    if len(lengths) < len(bars) or not math.isfinite(whole) or not (baseline or is_fraction):
         return ""
-    bars = "".join(
-        f'<div><i class="{name}" style="width:{100 * length / longest:.2f}%"></i></div>'
-        for name, length in zip(numbers, lengths, strict=True)
+    items = "".join(
+        f'<div><i class="{name}" style="width:{100 * length / whole:.2f}%"></i></div>'
+        for name, length in zip(bars, lengths, strict=True)
     )
-    return f'<div class="bars" aria-hidden="true">{bars}</div>'
+    return f'<div class="bars" aria-hidden="true">{items}</div>'
 
 
 def _comparison_table(comparison: Comparison) -> str:
@@ -137,7 +138,7 @@ def _comparison_table(comparison: Comparison) -> str:
         before = first.metrics.get(metric.key)
         arrow, hint = _BETTER[metric.better]
         cells = [
-            f'<th scope="row">{escape(metric.label)} {_unit(metric)} '
+            f'<th scope="row">{_label(metric)} '
             f'<span class="hint" title="{hint}">{arrow}</span></th>',
             f"<td>{_value(before, metric)}</td>",
         ]
@@ -213,8 +214,9 @@ def _value(value: Number, metric: Metric) -> str:
     return f'<span class="{"broken" if is_broken(value) else "number"}"{exact}>{text}</span>'
 
 
-def _unit(metric: Metric) -> str:
-    return f'<span class="unit">{escape(metric.unit)}</span>' if metric.unit else ""
+def _label(metric: Metric) -> str:
+    unit = f' <span class="unit">({escape(metric.unit)})</span>' if metric.unit else ""
+    return escape(metric.label) + unit
 
 
 def _change(difference: Change) -> str:

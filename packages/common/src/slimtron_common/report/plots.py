@@ -31,6 +31,7 @@ _VARIABLES = {
 _SIZE_INCHES = (5.8, 2.7)
 _MAX_LABELS = 24
 _MAX_LABEL_LENGTH = 24
+_MAX_AXIS_LABEL_LENGTH = 48
 _MAX_UPRIGHT_CHARACTERS = 72
 _MAX_MARKED_POINTS = 40
 # Beyond these, matplotlib's own arithmetic on the axis limits overflows.
@@ -75,42 +76,60 @@ def render_svg(plot: Plot, *, salt: str) -> str:
 
 
 def num_hidden_values(plot: Plot) -> int:
-    """How many values the picture cannot show: missing, not finite, or not positive on a log axis.
+    """How many values the picture cannot show: missing, not finite, or off a logarithmic axis.
 
     Bars of 0 are no such values: on any axis they have no height.
     """
-    values = [value for series in plot.series.values() for value in series]
-    hidden = sum(math.isnan(_drawable(value)) for value in values)
-    if plot.log_y:
-        hidden += sum(_drawable(v) < 0 or (v == 0 and plot.kind == "line") for v in values)
-    return hidden
+    return sum(math.isnan(value) for values in _drawable(plot) for value in values)
 
 
-def _drawable(value: Number) -> float:
-    # A comparison with NaN is False.
-    return float(value) if value is not None and abs(value) < _MAX_MAGNITUDE else math.nan
+def _drawable(plot: Plot) -> list[list[float]]:
+    """The series, with NaN for what cannot be drawn."""
+    is_line = plot.kind == "line"
+
+    def is_drawable(x: float | str, value: Number) -> bool:
+        if value is None or not abs(value) < _MAX_MAGNITUDE:
+            return False
+        if plot.log_y and (value <= 0 if is_line else value < 0):
+            return False
+        if isinstance(x, str) or not is_line:
+            return True
+        return abs(x) < _MAX_MAGNITUDE and (x > 0 or not plot.log_x)
+
+    return [
+        [
+            float(value) if value is not None and is_drawable(x, value) else math.nan
+            for x, value in zip(plot.x, values, strict=False)  # a histogram has one more edge
+        ]
+        for values in plot.series.values()
+    ]
 
 
 def _draw(axes: Axes, plot: Plot) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogFormatter, MaxNLocator
 
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.grid(axis="y", color=_GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(which="both", length=0)
-    axes.set_xlabel(plot.x_label)
-    axes.set_ylabel(plot.y_label)
+    axes.set_xlabel(_shorten(plot.x_label, _MAX_AXIS_LABEL_LENGTH))
+    axes.set_ylabel(_shorten(plot.y_label, _MAX_AXIS_LABEL_LENGTH))
 
-    series = [[_drawable(value) for value in values] for values in plot.series.values()]
-    if plot.log_y and any(value > 0 for values in series for value in values):
-        axes.set_yscale("log", nonpositive="mask" if plot.kind == "line" else "clip")
+    series = _drawable(plot)
+    values = [value for numbers in series for value in numbers if not math.isnan(value)]
+    if not (any(values) if plot.kind == "histogram" else values):
+        axes.set(xticks=(), yticks=())
+        axes.text(0.5, 0.5, "nothing to show", ha="center", color=_TEXT, transform=axes.transAxes)
+        return
+    if plot.log_y and any(value > 0 for value in values):
+        axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
+        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     if plot.log_x and plot.kind != "bar":
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("")
+        axes.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     elif all(isinstance(x, int) for x in plot.x):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -159,17 +178,17 @@ def _draw_histogram(axes: Axes, plot: Plot, series: list[list[float]]) -> None:
 
 def _name_categories(axes: Axes, names: list[str]) -> None:
     step = math.ceil(len(names) / _MAX_LABELS) or 1
-    labels = [_shorten(name) for name in names[::step]]
+    labels = [_shorten(name, _MAX_LABEL_LENGTH) for name in names[::step]]
     axes.set_xticks(range(0, len(names), step), labels)
     if sum(map(len, labels)) > _MAX_UPRIGHT_CHARACTERS:
         for label in axes.get_xticklabels():
             label.set(rotation=30, ha="right", rotation_mode="anchor")
 
 
-def _shorten(name: str) -> str:
+def _shorten(name: str, length: int) -> str:
     """Cuts the middle out: module names differ at both ends."""
-    half = (_MAX_LABEL_LENGTH - 1) // 2
-    return name if len(name) <= _MAX_LABEL_LENGTH else f"{name[:half]}…{name[-half:]}"
+    half = (length - 1) // 2
+    return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
 
 
 def _fit_into_page(svg: str) -> str:

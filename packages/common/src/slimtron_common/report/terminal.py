@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slimtron_common.report.comparison import Column, Comparison, Metric
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["print_comparison"]
 
-_LABEL_AND_BASELINE_WIDTH = 34
-_COMPARED_WIDTH = 23
+_MIN_COLUMN_WIDTH = 12
+_GAP = 2
 _VERDICT_STYLES = {"better": "green", "worse": "red", "neutral": "dim"}
 
 
@@ -29,32 +30,44 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         console: Where to print; None for stdout, coloured only on a terminal.
     """
     from rich.console import Console
-    from rich.text import Text
 
     console = console or Console()
-    compared = comparison.columns[1:]
-    per_table = max(1, (console.width - _LABEL_AND_BASELINE_WIDTH) // _COMPARED_WIDTH)
-    console.print(Text(comparison.title, style="bold"))
-    for start in range(0, max(1, len(compared)), per_table):
-        console.print(_table(comparison, compared[start : start + per_table]))
+    metrics, (baseline, *compared) = comparison.rows(), comparison.columns
+    labels = [_plain(f"{m.label} ({m.unit})" if m.unit else m.label) for m in metrics]
+    fixed = [_Cells("", labels), _Cells(baseline.name, _values(baseline, metrics))]
+    console.print(_plain(comparison.title), style="bold")
+    table = list(fixed)
+    for column in compared:
+        cells = _Cells(column.name, _changes(column, baseline, metrics))
+        if len(table) > len(fixed) and _width([*table, cells]) > console.width:
+            console.print(_table(table))
+            table = list(fixed)
+        table.append(cells)
+    console.print(_table(table))
 
 
-def _table(comparison: Comparison, compared: tuple[Column, ...]) -> Table:
+@dataclass(frozen=True)
+class _Cells:
+    """A column of the printed table."""
+
+    name: str
+    texts: list[Text]
+
+
+def _width(columns: list[_Cells]) -> int:
+    """Least width of a table in which no number is broken; names above the columns may be."""
+    widths = (max(map(len, column.texts), default=0) for column in columns)
+    return sum(max(width, _MIN_COLUMN_WIDTH) + _GAP for width in widths)
+
+
+def _table(columns: list[_Cells]) -> Table:
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
-    metrics, baseline = comparison.rows(), comparison.columns[0]
-    labels = [
-        Text(f"{metric.label} ({metric.unit})" if metric.unit else metric.label)
-        for metric in metrics
-    ]
-    columns = [_cells(column, baseline, metrics) for column in compared]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column()
-    for column in (baseline, *compared):
-        table.add_column(Text(column.name), justify="right", overflow="fold")
-    for row in zip(labels, _values(baseline, metrics), *columns, strict=True):
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, _GAP - 1, 0, 0), pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(_plain(column.name), justify="right" if index else "left", overflow="fold")
+    for row in zip(*(column.texts for column in columns), strict=True):
         table.add_row(*row)
     return table
 
@@ -72,13 +85,15 @@ def _values(column: Column, metrics: tuple[Metric, ...]) -> list[Text]:
     ]
 
 
-def _cells(column: Column, baseline: Column, metrics: tuple[Metric, ...]) -> list[Text]:
-    """Values and their changes in one column, so that its name stands above both."""
+def _changes(column: Column, baseline: Column, metrics: tuple[Metric, ...]) -> list[Text]:
+    """Values and their changes as one text, so that the column's name stands above both."""
     from rich.text import Text
 
     changes = []
     for metric in metrics:
-        difference = change(column.metrics.get(metric.key), baseline.metrics.get(metric.key), metric)
+        difference = change(
+            column.metrics.get(metric.key), baseline.metrics.get(metric.key), metric
+        )
         if difference is None:
             changes.append(Text("-", style="dim"))
         else:
@@ -89,3 +104,10 @@ def _cells(column: Column, baseline: Column, metrics: tuple[Metric, ...]) -> lis
         text.align("right", width)
         cells.append(Text.assemble(value, "  ", text))
     return cells
+
+
+def _plain(text: str) -> Text:
+    """Text from elsewhere, without control codes that the terminal would obey."""
+    from rich.text import Text
+
+    return Text("".join(char if char.isprintable() else "?" for char in text))

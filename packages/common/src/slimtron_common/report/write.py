@@ -41,8 +41,7 @@ def write_report(directory: Path, comparison: Comparison) -> Path:
 def to_json(comparison: Comparison) -> str:
     """A comparison as JSON that keeps every number exactly.
 
-    JSON has no NaN and no infinity: they become ``{"float": "nan"}``, ``{"float": "inf"}`` and
-    ``{"float": "-inf"}``.
+    JSON has no NaN and no infinity: they become ``{"__float__": "nan"}``, ``"inf"`` or ``"-inf"``.
     """
     content = {"slimtron_report": FORMAT_VERSION, **dataclasses.asdict(comparison)}
     return json.dumps(_encode(content), indent=1, allow_nan=False) + "\n"
@@ -50,7 +49,7 @@ def to_json(comparison: Comparison) -> str:
 
 def _encode(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(value)}
+        return {"__float__": str(value)}
     if isinstance(value, dict):
         return {key: _encode(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

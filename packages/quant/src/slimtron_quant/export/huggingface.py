@@ -7,7 +7,7 @@ leaves out the factors of AWQ; here every tensor is gathered whole before it is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from slimtron_common.checkpoint.writer import (
     copy_files,
     write_safetensors,
 )
+from slimtron_common.errors import VerificationError
 from slimtron_common.models import Architecture
 from slimtron_common.models.huggingface import config_from_architecture
 from slimtron_common.models.mapping import Layout
 from slimtron_common.parallel import ParallelContext
-from slimtron_quant.formats import format_named
+from slimtron_quant.formats import Format, format_named
 from slimtron_quant.formats.detect import detect_format
 from slimtron_quant.formats.hf_quant_config import config_json_quantization, hf_quant_config
 
@@ -97,7 +98,7 @@ def _quantized_layers(
     """Each linear layer's Hugging Face name with its format, over all pipeline stages."""
     local = {}
     for bound in bound_parameters(model, architecture):
-        if _is_linear(bound):
+        if _is_linear(bound) and not bound.is_copy:
             for name in bound.rule.hf_names:
                 local[name.removesuffix(".weight")] = detect_format(_module(model, bound))
     stages: list[dict[str, tuple[str, int | None] | None]] = [{}] * context.pp_size
@@ -112,17 +113,44 @@ def _quantized_layers(
 def _packed_tensors(
     model: nn.Module, architecture: Architecture, context: ParallelContext, *, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
+    factors = _foldable_factors(model, architecture)
     for bound in bound_parameters(model, architecture):
         if bound.is_copy:
             continue
         module = _module(model, bound)
         spec = detect_format(module) if _is_linear(bound) else None
-        if spec is None:
-            wholes = bound.rule.layout.split(gather_shards(bound.tensor.detach(), context))
-            for name, whole in zip(bound.rule.hf_names, wholes, strict=True):
-                yield name, whole.to(dtype)
-        else:
+        if spec is not None:
             yield from _packed_layer(bound, module, spec, context)
+            continue
+        tensor = bound.tensor.detach()
+        if bound.name in factors:
+            tensor = tensor * factors[bound.name]
+        wholes = bound.rule.layout.split(gather_shards(tensor, context))
+        for name, whole in zip(bound.rule.hf_names, wholes, strict=True):
+            yield name, whole.to(dtype)
+
+
+def _foldable_factors(model: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
+    """Factors on the input of QKV and of gate and up, by the name of the norm before them.
+
+    The norm multiplies by its weight last, so that its weight can take the factor exactly.
+    Engines fuse these projections and have no place for a factor between norm and product.
+    """
+    factors, norm = {}, ""
+    for bound in bound_parameters(model, architecture):
+        if bound.rule.hf_names[0].endswith("layernorm.weight"):
+            norm = bound.name
+        elif len(bound.rule.hf_names) > 1 and _is_linear(bound):
+            factor = _factor(_module(model, bound))
+            if factor is not None:
+                factors[norm] = factor
+    return factors
+
+
+def _factor(module: Any) -> Tensor | None:
+    quantizer = getattr(module, "input_quantizer", None)
+    factor: Tensor | None = getattr(quantizer, "pre_quant_scale", None)
+    return None if factor is None else factor.reshape(-1)
 
 
 def _packed_layer(
@@ -132,32 +160,46 @@ def _packed_layer(
     # Rounding twice changes nothing: the rounded weight packs to the codes that it decodes from.
     rounded = module.weight_quantizer(bound.tensor).detach()
     amax = module.weight_quantizer._amax
-    if amax.numel() > 1:
-        amax = amax.reshape(rounded.shape[0], -1)
-    else:
-        amax = amax.reshape(1, 1)
-    count = len(bound.rule.hf_names)
+    amax = amax.reshape(rounded.shape[0], -1) if amax.numel() > 1 else amax.reshape(1, 1)
     weights = layout.split(gather_shards(rounded, context))
-    amaxes = _whole(amax, layout, context, count)
-    factor = module.input_quantizer.pre_quant_scale
-    if factor is not None:
-        factor = factor.reshape(1, -1)
-        # Input channels are cut in row-parallel layers alone.
-        shards = gather_shards(factor, context)
-        factor = torch.cat(shards, -1) if layout.dim == -1 else shards[0]
+    amaxes = _whole(amax, layout, context, len(weights))
+    factor = None
+    if layout.dim == -1:
+        factor = _factor(module)
+        if factor is None and format_name == "int4":
+            # TensorRT-LLM reads one for these layers whether AWQ ran or not.
+            factor = torch.ones_like(rounded[0])
+        if factor is not None:
+            factor = torch.cat(gather_shards(factor, context))
     input_amax = module.input_quantizer._amax if module.input_quantizer.is_enabled else None
     if not context.is_writer:
         return
     for name, weight, weight_amax in zip(bound.rule.hf_names, weights, amaxes, strict=True):
-        tensors = format_named(format_name).pack(
+        fmt = format_named(format_name)
+        tensors = fmt.pack(
             weight,
             weight_amax,
             input_amax=input_amax,
             pre_quant_scale=factor,
             block_size=block_size,
         )
+        _check_codes(name, fmt, tensors, weight)
         for suffix, tensor in tensors.items():
             yield f"{name.removesuffix('weight')}{suffix}", tensor
+
+
+def _check_codes(name: str, fmt: Format, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
+    decoded = fmt.unpack(tensors, dtype=weight.dtype, shape=weight.shape)
+    # A code times its scale is rounded once more than ModelOpt's value.
+    tolerance = 2 * torch.finfo(weight.dtype).eps
+    if not torch.allclose(decoded, weight.float(), rtol=tolerance, atol=1e-30):
+        raise VerificationError(
+            "packing the weight changed it",
+            where=name,
+            found=f"a difference of {float((decoded - weight.float()).abs().max()):.3g}",
+            allowed=f"relative {tolerance:.1g}",
+            hint="please report this as a bug",
+        )
 
 
 def _whole(

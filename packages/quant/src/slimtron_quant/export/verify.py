@@ -9,9 +9,10 @@ from slimtron_common.evaluation import Evaluation
 
 __all__ = ["PERPLEXITY_TOLERANCE", "check_agreement"]
 
-PERPLEXITY_TOLERANCE = 0.01
+PERPLEXITY_TOLERANCE = 0.02
 """Largest relative difference between the perplexities of the export and of the model in
-memory. Rounding what stays unquantized to the export's type moves it by far less."""
+memory. The weights are the same to the last bit; where inputs are rounded too, one that lies
+half-way and falls the other way changes those of every layer after it."""
 
 
 def check_agreement(memory: Evaluation, exported: Evaluation, *, where: Path) -> None:

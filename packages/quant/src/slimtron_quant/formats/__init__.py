@@ -14,16 +14,7 @@ from slimtron_quant.formats.int8 import Int8
 __all__ = ["FORMATS", "Format", "format_named"]
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
-    {
-        fmt.name: fmt
-        for fmt in (
-            Fp8("fp8"),
-            Int8("int8"),
-            Int8("int8_sq"),
-            Int4("int4", has_pre_quant_scale=False),
-            Int4("int4_awq", has_pre_quant_scale=True),
-        )
-    }
+    {fmt.name: fmt for fmt in (Fp8("fp8"), Int8("int8"), Int4("int4"))}
 )
 
 

@@ -21,22 +21,16 @@ def detect_format(module: Any) -> tuple[str, int | None] | None:
     weight = getattr(module, "weight_quantizer", None)
     if weight is None or not weight.is_enabled:
         return None
-    has_factor = getattr(module.input_quantizer, "pre_quant_scale", None) is not None
-    quantizes_input = module.input_quantizer.is_enabled and not _only_scales(module.input_quantizer)
+    quantizes_input = module.input_quantizer.is_enabled
     blocks = {k: v for k, v in (weight.block_sizes or {}).items() if isinstance(k, int)}
     if weight.num_bits == (4, 3) and not blocks and weight.axis is None and quantizes_input:
         return "fp8", None
     if weight.num_bits == 8 and not blocks and weight.axis in (0, (0,)) and quantizes_input:
-        return ("int8_sq" if has_factor else "int8"), None
+        return "int8", None
     if weight.num_bits == 4 and list(blocks) == [-1] and not quantizes_input:
-        return ("int4_awq" if has_factor else "int4"), blocks[-1]
+        return "int4", blocks[-1]
     raise UnsupportedModelError(
         "no format on disk holds what these quantizers compute",
         found=f"weights of {weight.num_bits} bits, axis {weight.axis}, blocks {blocks}, inputs "
         f"{'quantized' if quantizes_input else 'as they are'}",
     )
-
-
-def _only_scales(quantizer: Any) -> bool:
-    # After AWQ an input quantizer is on for its factor alone.
-    return not getattr(quantizer, "_if_quant", True)

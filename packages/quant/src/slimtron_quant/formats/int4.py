@@ -22,15 +22,12 @@ class Int4(Format):
     """``weight`` ``[out / 2, in]`` uint8, ``weight_scale`` ``[out, in / block]``.
 
     A byte holds two output channels of one input channel, the even one in its low half, as
-    two's complement. After AWQ, ``pre_quant_scale`` ``[in]`` lies beside them unless it was
-    folded away.
+    two's complement. ``pre_quant_scale`` ``[in]`` lies beside them where there is a factor on
+    the input channels that was not folded into the layer before.
     """
 
     quant_algo: ClassVar[str] = "W4A16_AWQ"
     weights_per_code: ClassVar[int] = 2
-
-    has_pre_quant_scale: bool
-    """Whether the format is announced as AWQ, with factors on the input channels."""
 
     def pack(
         self,
@@ -86,7 +83,7 @@ class Int4(Format):
             "quant_algo": self.quant_algo,
             "group_size": block_size,
             "has_zero_point": False,
-            "pre_quant_scale": self.has_pre_quant_scale,
+            "pre_quant_scale": True,
         }
 
     def scheme(self, block_size: int | None) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Int8(Format):
     def quantize_activation(self, x: Tensor, input_scale: Tensor | None) -> Tensor:
         if input_scale is None:
             raise CheckpointError("INT8 activations need a scale", where="input_scale")
-        return (_round(x.float() / input_scale).float() * input_scale).to(x.dtype)
+        return (_round(x.float() * input_scale.reciprocal()).float() * input_scale).to(x.dtype)
 
     def settings(self, block_size: int | None) -> dict[str, Any]:
         return {"quant_algo": self.quant_algo}

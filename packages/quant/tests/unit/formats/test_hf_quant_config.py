@@ -22,8 +22,7 @@ def layers(quantized: Spec, others: dict[str, Spec] | None = None) -> dict[str, 
     [
         (("fp8", None), "fp8"),
         (("int8", None), "int8_sq"),
-        (("int8_sq", None), "int8_sq"),
-        (("int4_awq", 64), "int4_awq"),
+        (("int4", 64), "int4_awq"),
     ],
 )
 def test_says_what_modelopt_says(spec: Spec, modelopt_format: str) -> None:
@@ -41,18 +40,7 @@ def test_says_what_modelopt_says(spec: Spec, modelopt_format: str) -> None:
     assert written["quantization"]["exclude_modules"] == ["lm_head"]
 
 
-def test_plain_int4_has_no_pre_quant_scale() -> None:
-    assert hf_quant_config(layers(("int4", 128)))["quantization"] == {
-        "quant_algo": "W4A16_AWQ",
-        "group_size": 128,
-        "has_zero_point": False,
-        "pre_quant_scale": False,
-        "kv_cache_quant_algo": None,
-        "exclude_modules": ["lm_head"],
-    }
-
-
-@pytest.mark.parametrize("spec", [("fp8", None), ("int8_sq", None), ("int4_awq", 32)])
+@pytest.mark.parametrize("spec", [("fp8", None), ("int8", None), ("int4", 32)])
 def test_both_files_agree(spec: Spec) -> None:
     given = layers(spec)
     file, config = hf_quant_config(given), config_json_quantization(given)
@@ -68,7 +56,7 @@ def test_both_files_agree(spec: Spec) -> None:
 
 def test_mixed_formats_are_listed_layer_by_layer() -> None:
     given = layers(
-        ("fp8", None), {"model.layers.0.self_attn.o_proj": ("int4_awq", 64), "lm_head": None}
+        ("fp8", None), {"model.layers.0.self_attn.o_proj": ("int4", 64), "lm_head": None}
     )
     file, config = hf_quant_config(given), config_json_quantization(given)
     quantization = file["quantization"]
@@ -96,7 +84,7 @@ def test_excluded_layers_are_named_in_full() -> None:
 
 
 def test_json_able_and_deterministic() -> None:
-    given = layers(("int4_awq", 64))
+    given = layers(("int4", 64))
     for function in (hf_quant_config, config_json_quantization):
         assert json.dumps(function(given)) == json.dumps(function(dict(given)))
 
