@@ -186,8 +186,11 @@ def install(session: nox.Session, line: str = DEVELOPMENT, cuda: str = "cpu") ->
 
 def build_wheel(session: nox.Session, package: str, folder: Path) -> str:
     """Builds the sdist of a package and from it the wheel, which is returned."""
-    session.install("build>=1.2")
-    session.run("python", "-m", "build", f"--outdir={folder}", f"packages/{package}", silent=True)
+    session.install("build>=1.2", "hatchling>=1.26")
+    session.run(
+        *("python", "-m", "build", "--no-isolation", f"--outdir={folder}", f"packages/{package}"),
+        silent=True,
+    )
     (wheel,) = folder.glob(f"slimtron_{package}-*.whl")
     return str(wheel)
 

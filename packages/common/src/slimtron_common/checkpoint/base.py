@@ -19,9 +19,11 @@ __all__ = [
     "CONFIG_NAME",
     "TOKENIZER_FILES",
     "Checkpoint",
+    "has_tokenizer",
     "load_tokenizer",
     "open_checkpoint",
     "parse_spec",
+    "read_json",
 ]
 
 CONFIG_NAME = "config.json"
@@ -137,6 +139,18 @@ class Checkpoint(ABC):
             )
         return dtype
 
+    def compute_dtype(self, requested: str, device: str) -> torch.dtype:
+        """Type to run the model in.
+
+        Args:
+            requested: torch's name of a type, or ``auto``: as stored on a GPU, float32 on the CPU.
+            device: ``cpu`` or ``cuda``.
+        """
+        if requested == "auto":
+            return self.dtype if device == "cuda" else torch.float32
+        dtype: torch.dtype = getattr(torch, requested)
+        return dtype
+
     def tokenizer(self) -> Any:
         """Loads the tokenizer beside the weights.
 
@@ -158,6 +172,11 @@ class Checkpoint(ABC):
         return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
 
 
+def has_tokenizer(path: Path) -> bool:
+    """Tells whether a tokenizer's files lie in a directory."""
+    return any((path / name).is_file() for name in _TOKENIZERS)
+
+
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     """Loads the tokenizer of a directory, without asking any hub.
 
@@ -166,7 +185,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not any((path / name).is_file() for name in _TOKENIZERS):
+    if not has_tokenizer(path):
         raise CheckpointError(
             "no tokenizer lies beside the weights",
             where=path,

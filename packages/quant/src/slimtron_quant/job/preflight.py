@@ -291,12 +291,7 @@ def _estimate(
 
 
 def _check_memory(estimate: Estimate, device: str) -> None:
-    if device == "cuda":
-        available = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0]
-    else:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // processes
-        available = max(available, _available_linux() // processes)
+    available = available_memory(device)
     if estimate.memory > available:
         raise ParallelismError(
             "the model does not fit into the memory of one process",
@@ -309,11 +304,11 @@ def _check_memory(estimate: Estimate, device: str) -> None:
         )
 
 
-def _available_linux() -> int:
-    """Memory that could be had, counting caches that the kernel would give up."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 0
+def available_memory(device: str) -> int:
+    """Bytes that this process may take: of its GPU, or its share of the host's memory."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0]
+    with open("/proc/meminfo", encoding="ascii") as file:
+        lines = dict(line.split(":", 1) for line in file)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return int(lines["MemAvailable"].split()[0]) * 1024 // processes

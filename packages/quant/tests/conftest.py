@@ -1,0 +1,33 @@
+"""One tiny model for all tests, and the command called in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from slimtron_common.testing import write_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers with a tokenizer; do not change it."""
+    return write_tiny_model(
+        tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=2, tie_word_embeddings=True
+    )
+
+
+@pytest.fixture
+def arguments(tiny_model: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Arguments of a short job of ``run`` or ``plan``; later ones win."""
+
+    def build(command: str = "run", *more: str, out: Path = tmp_path / "out") -> list[str]:
+        return [
+            *(command, "--model", f"hf:{tiny_model}", "--recipe", "fp8", "--out", str(out)),
+            *("--data", "pydoc", "--calib-size", "4", "--calib-seq-len", "32"),
+            *("--calib-batch-size", "2", "--eval-tokens", "192", "--eval-seq-len", "32"),
+            *("--eval-batch-size", "2", "--device", "cpu", *more),
+        ]
+
+    return build
