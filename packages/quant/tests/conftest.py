@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from slimtron_common.testing import write_tiny_model
+from slimtron_common.testing.demo import demo_model_for_tests
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +32,9 @@ def arguments(tiny_model: Path, tmp_path: Path) -> Callable[..., list[str]]:
         ]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct, real weights; do not change it."""
+    return demo_model_for_tests(tmp_path_factory)

@@ -103,7 +103,7 @@ def write_demo_model(directory: str | Path, *, overwrite: bool = False) -> Path:
             where="gguf",
             hint=_INSTALL,
         ) from error
-    from safetensors.torch import save_file
+    from slimtron_common.checkpoint.writer import save_tensors
 
     logger.info("Converting %s", source)
     reader = GGUFReader(source)
@@ -118,9 +118,7 @@ def write_demo_model(directory: str | Path, *, overwrite: bool = False) -> Path:
         )
     config = _model_config(reader)
     with atomic_directory(directory, overwrite=overwrite) as temporary:
-        save_file(
-            _weights(reader, config), temporary / "model.safetensors", metadata={"format": "pt"}
-        )
+        save_tensors(temporary / "model.safetensors", _weights(reader, config))
         _write_json(temporary / "config.json", config)
         token_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         _write_json(temporary / "generation_config.json", {key: config[key] for key in token_ids})
@@ -194,14 +192,7 @@ def _weights(reader: GGUFReader, config: dict[str, Any]) -> dict[str, torch.Tens
 
 
 def _write_tokenizer(directory: Path, reader: GGUFReader, config: dict[str, Any]) -> None:
-    # tokenizers ships no types.
-    from tokenizers import (  # type: ignore[import-untyped]
-        AddedToken,
-        Tokenizer,
-        decoders,
-        models,
-        pre_tokenizers,
-    )
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens = _field(reader, "tokenizer.ggml.tokens")
     token_types = _field(reader, "tokenizer.ggml.token_type")

@@ -47,3 +47,6 @@ def setup_logging(verbosity: int, rank: int = 0) -> None:
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(level)
+    # What the libraries warn their developers of is no news for who runs a command.
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.WARNING if verbosity > 0 else logging.ERROR)

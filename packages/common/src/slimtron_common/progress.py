@@ -41,6 +41,7 @@ class Progress:
         self.description = description
         self.total = total
         self.completed = 0
+        self._logged: int | None = None
         self._bar: RichProgress | None = None
 
     def __enter__(self) -> Progress:
@@ -71,10 +72,11 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
             Progress._bar_is_shown = False
-        elif self._shown and error is None:
+        elif self._shown and error is None and self._logged != self.completed:
             self._log()
 
     def _log(self) -> None:
+        self._logged = self.completed
         elapsed = time.monotonic() - self._start
         parts = [f"{self.completed}", f"{_duration(elapsed)} elapsed"]
         if self.total:

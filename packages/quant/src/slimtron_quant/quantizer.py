@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -204,10 +204,15 @@ class Quantizer:
 
 @contextlib.contextmanager
 def _quiet_modelopt() -> Iterator[None]:
-    """Keeps ModelOpt's prints off standard output, where a command's results go."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-        warnings.simplefilter("ignore")
-        yield
+    """Turns what ModelOpt prints into debug messages: standard output is for results."""
+    printed = io.StringIO()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(printed):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for line in printed.getvalue().splitlines():
+            logger.debug("modelopt: %s", line)
 
 
 def calibration_loop(batches: Sequence[torch.Tensor], context: ParallelContext) -> ForwardLoop:

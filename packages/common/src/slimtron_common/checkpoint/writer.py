@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -80,7 +80,7 @@ def write_safetensors(
         if pending:
             # In the order of their names the parts are in the order of the model.
             part = f".part-{context.pp_rank:05d}-{len(parts):05d}"
-            _save(directory / part, pending)
+            save_tensors(directory / part, pending)
             parts.append((part, {name: _size(tensor) for name, tensor in pending.items()}))
             pending.clear()
 
@@ -119,8 +119,9 @@ def _name_parts(directory: Path, parts: list[tuple[str, dict[str, int]]]) -> Non
     (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes one safetensors file through to the disk, readable as the umask says."""
+    save_file(dict(tensors), path, metadata={"format": "pt"})
     # safetensors keeps its files to the owner; a server often runs as someone else.
     path.chmod(0o666 & ~_umask())
     with path.open("rb") as file:

@@ -44,7 +44,9 @@ def register(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel processes")
     machine.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline stages")
-    machine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    machine.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute"
+    )
     machine.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),

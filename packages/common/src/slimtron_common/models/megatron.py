@@ -200,7 +200,7 @@ def _rotary_scaling_factor(model: Any) -> float | None:
     if not model.rotary_scaling:
         return None
     dim = model.config.kv_channels
-    unscaled = float(model.rotary_base) ** (-(dim - 2) / dim)
+    unscaled: float = float(model.rotary_base) ** (-(dim - 2) / dim)
     lowest = float(model.rotary_pos_emb.inv_freq[-1])
     return round(unscaled / lowest, 3)
 

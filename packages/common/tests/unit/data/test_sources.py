@@ -170,6 +170,11 @@ def test_dataset_with_config_and_split(tmp_path: Path) -> None:
         assert refusal(CheckpointError, wrong).where == wrong
 
 
+def test_check_does_not_ask_for_a_dataset() -> None:
+    pytest.importorskip("datasets")
+    check_source("hf:some/name,config:split")
+
+
 @pytest.mark.parametrize("spec", ["hf:", "hf::train", "hf:,config", "hf:name,", "hf:name:"])
 def test_dataset_without_a_name(spec: str) -> None:
     with pytest.raises(ConfigError, match="names no dataset"):
@@ -285,7 +290,6 @@ def test_file_that_cannot_be_opened(spec: str) -> None:
 
 def test_check_reads_the_first_document_only(tmp_path: Path) -> None:
     check_source("pydoc")
-    check_source("hf:some/name,config:split")
     check_source(str(write(tmp_path / "a.jsonl", LINES + b"not json\n")))
     for name, content in (("b.jsonl", b"not json\n"), ("b.txt", b"\xff"), ("b.txt.gz", b"x")):
         with pytest.raises(CheckpointError):

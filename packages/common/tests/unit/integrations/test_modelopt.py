@@ -4,7 +4,6 @@ import builtins
 import copy
 from typing import Any
 
-import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from torch import nn
@@ -18,6 +17,9 @@ from slimtron_common.integrations.modelopt import (
     named_config,
     to_modelopt,
 )
+
+# slimtron-common alone does not bring ModelOpt.
+mtq = pytest.importorskip("modelopt.torch.quantization")
 
 NAMES = sorted(mtq.config.choices)
 

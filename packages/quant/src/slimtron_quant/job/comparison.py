@@ -22,7 +22,7 @@ _KINDS = {
 }
 
 _METRICS = (
-    Metric("kl_memory", "KL from the model in memory", unit="nats", better="lower"),
+    Metric("kl_memory", "KL to the one in memory", unit="nats", better="lower"),
 )
 
 
@@ -51,8 +51,8 @@ def compare(
         kl=0.0,
         agreement=1.0,
     )
-    memory = _column("quantized, in memory", evaluations["quantized"])
-    reloaded = _column("exported, reloaded", evaluations["exported"])
+    memory = _column("in memory", evaluations["quantized"])
+    reloaded = _column("exported", evaluations["exported"])
     reloaded.metrics.update(
         weight_bytes=exported.tensors.weight_bytes,
         bits_per_weight=exported.bits_per_weight,
@@ -87,7 +87,6 @@ def compare(
 def _column(name: str, evaluation: Evaluation) -> Column:
     metrics: dict[str, Number] = {
         "perplexity": evaluation.perplexity,
-        "loss": evaluation.loss,
         "num_tokens": evaluation.num_tokens,
     }
     if "original" in evaluation.distances:
