@@ -70,7 +70,8 @@ class Conversion:
     written."""
 
     rounding: float
-    """Largest difference between the logits in the source's type and in the written one."""
+    """Largest difference that rounding the weights makes to the logits; 0 where the written type
+    holds the source's numbers."""
 
 
 def plan_conversion(
@@ -142,10 +143,8 @@ def convert(plan: ConversionPlan) -> Conversion:
     """
     source = plan.source
     with initialize_parallel(plan.parallel, device=plan.device) as context:
-        original = None
-        if plan.dtype != source.dtype:
-            original = _logits(_load(source, context, source.dtype), source, context)
-            gc.collect()
+        rounding = _rounding(plan, context)
+        gc.collect()
         model = _load(source, context, plan.dtype)
         expected = _logits(model, source, context)
         largest = _largest(expected, context)
@@ -170,8 +169,21 @@ def convert(plan: ConversionPlan) -> Conversion:
             weight_bytes=size,
             largest_logit=largest,
             difference=difference,
-            rounding=0.0 if original is None else _largest(expected - original, context),
+            rounding=rounding,
         )
+
+
+@torch.no_grad()
+def _rounding(plan: ConversionPlan, context: ParallelContext) -> float:
+    source = plan.source
+    if torch.promote_types(source.dtype, plan.dtype) == plan.dtype:
+        return 0.0
+    # In the source's arithmetic, so that it is the weights' rounding alone.
+    model = _load(source, context, source.dtype)
+    original = _logits(model, source, context)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(plan.dtype))
+    return _largest(_logits(model, source, context) - original, context)
 
 
 def _load(checkpoint: Checkpoint, context: ParallelContext, dtype: torch.dtype) -> nn.Module:

@@ -51,9 +51,7 @@ def linear_modules(model: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def summarize(
-    model: nn.Module, context: ParallelContext
-) -> list[LayerSummary]:
+def summarize(model: nn.Module, context: ParallelContext) -> list[LayerSummary]:
     """Describes every linear layer of the whole model; the same list on every process.
 
     Args:

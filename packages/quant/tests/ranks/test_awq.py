@@ -132,3 +132,85 @@ def test_every_layout_gives_the_scales_of_one_process() -> None:
             # A weight midway between two levels takes either by the last bit of its scale.
             assert scale.losses == pytest.approx(reference[layer].losses, rel=2e-3)
         torch.testing.assert_close(tensors, whole, rtol=1e-5, atol=1e-5)
+
+
+def calibrate_experts(rank: int, world_size: int) -> dict[str, tuple[LayerScale, Tensor]]:
+    """Quantizes a layer of 4 experts, the last of which gets no token; by global expert."""
+    import modelopt.torch.quantization as mtq
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.moe import moe_utils
+
+    # Megatron-Core 0.16 reads this name without defining it where Transformer Engine is absent.
+    vars(moe_utils).setdefault("te_general_gemm", None)
+    with initialize_parallel(ParallelConfig(expert_parallel_size=world_size)) as context:
+        model = GPTModel(
+            config=TransformerConfig(
+                num_layers=1,
+                hidden_size=64,
+                num_attention_heads=4,
+                normalization="RMSNorm",
+                add_bias_linear=False,
+                gated_linear_unit=True,
+                hidden_dropout=0.0,
+                attention_dropout=0.0,
+                num_moe_experts=4,
+                moe_router_topk=1,
+                moe_router_pre_softmax=True,
+                moe_ffn_hidden_size=128,
+                expert_model_parallel_size=world_size,
+                gradient_accumulation_fusion=False,
+                persist_layer_norm=False,
+                masked_softmax_fusion=False,
+            ),
+            transformer_layer_spec=get_gpt_layer_local_spec(
+                num_experts=4, moe_grouped_gemm=False, normalization="RMSNorm"
+            ),
+            vocab_size=96,
+            max_sequence_length=64,
+            position_embedding_type="rope",
+        )
+        model.eval().requires_grad_(False)
+        mlp = model.decoder.layers[0].mlp
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and ".experts." not in name:
+                generator = torch.Generator().manual_seed(sum(name.encode()))
+                parameter.normal_(std=0.2, generator=generator)
+        # Of two opposite logits one is positive: an expert whose logit is 0 is never chosen.
+        mlp.router.weight[1] = -mlp.router.weight[0]
+        mlp.router.weight[3] = 0
+        local = mlp.experts.local_experts
+        for index, expert in enumerate(local, start=rank * len(local)):
+            for parameter in expert.parameters():
+                generator = torch.Generator().manual_seed(index)
+                parameter.normal_(std=0.2, generator=generator)
+        tokens = torch.randint(0, 96, (6, 16), generator=torch.Generator().manual_seed(0))
+        mine = tokens[context.dp_rank :: context.dp_size]
+        mtq.quantize(model, config("INT4_AWQ_CFG"))
+        result = awq_calibrate(model, lambda model: forward_only(model, mine.split(2), context))
+        found = {}
+        for index, expert in enumerate(local):
+            for linear in ("linear_fc1", "linear_fc2"):
+                quantizer = getattr(expert, linear).weight_quantizer
+                name = f"decoder.layers.0.mlp.experts.local_experts.{index}.{linear}"
+                found[f"{rank * len(local) + index}.{linear}"] = (
+                    result.layers[name],
+                    quantizer.amax.clone(),
+                )
+        return found
+
+
+def test_experts_are_searched_one_by_one_wherever_they_lie() -> None:
+    (alone,) = run_ranks(calibrate_experts, 1)
+    first, second = run_ranks(calibrate_experts, 2)
+    assert alone["2.linear_fc1"][0].num_tokens > 0
+    for linear in ("linear_fc1", "linear_fc2"):
+        assert alone[f"3.{linear}"][0].num_tokens == 0
+        assert alone[f"3.{linear}"][0].alpha is None
+    for name, (scale, amax) in {**first, **second}.items():
+        reference, reference_amax = alone[name]
+        assert (scale.alpha, scale.num_tokens) == (reference.alpha, reference.num_tokens)
+        assert scale.losses == pytest.approx(reference.losses, rel=2e-3)
+        # ModelOpt would give both processes' experts the larger of their scales.
+        torch.testing.assert_close(amax, reference_amax, rtol=1e-5, atol=1e-6)

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Protocol, cast
@@ -64,6 +65,9 @@ def run_command(
     args = _build_parser(prog, description, package, subcommands, version).parse_args(argv)
     rank = int(os.environ.get("RANK", "0"))
     setup_logging(args.verbose - args.quiet, rank)
+    if not args.verbose:
+        # At every import Megatron-Core tells what is not installed; `doctor` says it once.
+        warnings.filterwarnings("ignore", module=r"(megatron|modelopt)\.")
     who = f"{prog} {args.subcommand}"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         who = f"[rank {rank}] {who}"

@@ -56,13 +56,12 @@ def execute(args: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    dtypes = [str(dtype).removeprefix("torch.") for dtype in (plan.source.dtype, plan.dtype)]
+    dtype = str(done.dtype).removeprefix("torch.")
     table = Table(title=Text(args.target), show_header=False)
     table.add_row("parameters", f"{done.num_parameters:,}")
-    table.add_row("on disk", f"{done.weight_bytes / 2**20:,.1f} MiB, {dtypes[1]}")
+    table.add_row("on disk", f"{done.weight_bytes / 2**20:,.1f} MiB, {dtype}")
     table.add_row("largest logit", f"{done.largest_logit:.4g}")
-    table.add_row("difference when read back", f"{done.difference:.3g}")
-    if dtypes[0] != dtypes[1]:
-        table.add_row(f"rounding {dtypes[0]} to {dtypes[1]}", f"{done.rounding:.3g}")
+    table.add_row("changed by rounding the weights", f"{done.rounding:.3g}")
+    table.add_row("changed when read back", f"{done.difference:.3g}")
     Console().print(table)
     return 0

@@ -133,7 +133,9 @@ def measure(plan: EvaluationPlan) -> Comparison:
         if plan.reference is not None:
             recording = Path(folder)
             found = _evaluate(plan, plan.reference, context, record=recording)
-            columns.append(_column("reference", plan.reference, found))
+            column = _column("reference", plan.reference, found)
+            column.metrics.update(kl=0.0, agreement=1.0)
+            columns.append(column)
             references["reference"] = recording
         found = _evaluate(plan, plan.model, context, references)
         columns.append(_column("model", plan.model, found))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -272,6 +273,12 @@ class RMSNorm(nn.RMSNorm):
 @contextlib.contextmanager
 def _quiet_construction() -> Iterator[None]:
     """Silences what Megatron-Core says of GPTModel and of fusions each time one is built."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

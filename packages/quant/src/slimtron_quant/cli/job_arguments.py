@@ -19,7 +19,7 @@ _FLAGS: tuple[tuple[str, tuple[tuple[str, str, type, str, str], ...]], ...] = (
             ("--model", "model", str, "KIND:DIR", "hf:DIR or megatron:DIR"),
             ("--recipe", "quantization.algorithm", str, "NAME", "see `slimtron-quant recipes`"),
             ("--out", "export.path", str, "DIR", "the directory to write"),
-            ("--export-dtype", "export.dtype", str, "TYPE", "of what stays unquantized: bf16, 16, 32"),
+            ("--export-dtype", "export.dtype", str, "TYPE", "of unquantized weights: bf16, 16, 32"),
             ("--sq-alpha", "quantization.sq_alpha", float, "A", "SmoothQuant's strength, 0 to 1"),
         ),
     ),
@@ -109,9 +109,7 @@ def job_config(args: argparse.Namespace) -> QuantJobConfig:
         for field, value in vars(args).items()
         if field.split(".")[0] in QuantJobConfig.__dataclass_fields__
     }
-    return build_config(
-        QuantJobConfig, file=args.config, overrides=args.overrides, flags=flags
-    )
+    return build_config(QuantJobConfig, file=args.config, overrides=args.overrides, flags=flags)
 
 
 def _block_size(text: str) -> int | str:

@@ -202,9 +202,7 @@ def _check_codes(name: str, fmt: Format, tensors: Mapping[str, Tensor], weight: 
         )
 
 
-def _whole(
-    amax: Tensor, layout: Layout, context: ParallelContext, count: int
-) -> Sequence[Tensor]:
+def _whole(amax: Tensor, layout: Layout, context: ParallelContext, count: int) -> Sequence[Tensor]:
     """Scales ``[rows, blocks]`` of the whole layer, for each Hugging Face tensor in it."""
     shards = gather_shards(amax, context)
     if layout.dim is not None and amax.shape[layout.dim] > 1:

@@ -41,7 +41,9 @@ class ExportedModel:
         announced = config.pop("quantization_config", None)
         if not isinstance(announced, dict):
             raise CheckpointError(
-                "the model is not quantized", where=path / CONFIG_NAME, found="no quantization_config"
+                "the model is not quantized",
+                where=path / CONFIG_NAME,
+                found="no quantization_config",
             )
         self.architecture: Architecture = architecture_from_config(
             config, source=str(path / CONFIG_NAME)

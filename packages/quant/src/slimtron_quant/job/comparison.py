@@ -21,9 +21,7 @@ _KINDS = {
     "mlp.linear_fc2": "down",
 }
 
-_METRICS = (
-    Metric("kl_memory", "KL to the one in memory", unit="nats", better="lower"),
-)
+_METRICS = (Metric("kl_memory", "KL to the one in memory", unit="nats", better="lower"),)
 
 
 def compare(
@@ -142,9 +140,7 @@ def _plots(layers: Sequence[LayerSummary]) -> list[Plot]:
     return plots
 
 
-def _tables(
-    layers: Sequence[LayerSummary], mended: Sequence[Mapping[str, Any]]
-) -> list[Table]:
+def _tables(layers: Sequence[LayerSummary], mended: Sequence[Mapping[str, Any]]) -> list[Table]:
     tables = [
         Table(
             "Layers",

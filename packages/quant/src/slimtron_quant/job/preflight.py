@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -54,7 +54,7 @@ class Plan:
     config: QuantJobConfig
     recipe: Recipe
     checkpoint: Checkpoint
-    device: str
+    device: Literal["cpu", "cuda"]
     dtype: torch.dtype
     evaluation: TokenDataset
     calibration: TokenDataset | None
@@ -143,7 +143,7 @@ def preflight(
     )
 
 
-def _device(config: QuantJobConfig) -> str:
+def _device(config: QuantJobConfig) -> Literal["cpu", "cuda"]:
     cuda = torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
         raise ConfigError(
@@ -152,7 +152,9 @@ def _device(config: QuantJobConfig) -> str:
             found="cuda",
             hint="use device: cpu, or see `slimtron-common doctor`",
         )
-    return config.device if config.device != "auto" else "cuda" if cuda else "cpu"
+    if config.device == "auto":
+        return "cuda" if cuda else "cpu"
+    return config.device
 
 
 def _dtype(config: QuantJobConfig, checkpoint: Checkpoint, device: str) -> torch.dtype:
@@ -199,7 +201,9 @@ def _open_text(
         )
     calibration_tokens = quantization.calibration_dataset_size * quantization.calibration_seq_len
     if not recipe.needs_calibration:
-        return _tokens(source, evaluation.num_tokens, evaluation.seq_length, config, tokenizer), None
+        return _tokens(
+            source, evaluation.num_tokens, evaluation.seq_length, config, tokenizer
+        ), None
     if source != calibration_source:
         return (
             _tokens(source, evaluation.num_tokens, evaluation.seq_length, config, tokenizer),
@@ -222,7 +226,11 @@ def _open_text(
 
 
 def _tokens(
-    source: tuple[str, str], num_tokens: int, seq_length: int, config: QuantJobConfig, tokenizer: Any
+    source: tuple[str, str],
+    num_tokens: int,
+    seq_length: int,
+    config: QuantJobConfig,
+    tokenizer: Any,
 ) -> TokenDataset:
     name, text_field = source
     data = DataConfig(

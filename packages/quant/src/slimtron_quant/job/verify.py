@@ -57,9 +57,7 @@ def verify_directory(
             found = evaluate(model, batches, context, vocab_size=vocab_size, record=recorded)
             references["original"] = recorded
             size = original.weight_bytes
-            columns.append(
-                _column("original", found, size, size * 8 / original.num_parameters)
-            )
+            columns.append(_column("original", found, size, size * 8 / original.num_parameters))
             del model
         found = evaluate(
             exported.build(context, dtype=dtype),

@@ -103,9 +103,7 @@ def test_resume_after_the_end_says_what_was_done(
     assert _contents(tmp_path / "out") == before
 
 
-def _unfinished(
-    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> list[str]:
+def _unfinished(arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A job that stopped after its calibration."""
     from slimtron_quant.job import run
 

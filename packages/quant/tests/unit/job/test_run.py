@@ -89,7 +89,9 @@ def test_report_prints_one_and_two(
     assert main(["report", str(finished), str(finished / "report.json")]) == 0
 
 
-def _change(finished: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+def _change(
+    finished: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None]
+) -> Path:
     """A copy without its manifest (which would tell) whose tensors were tampered with."""
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -145,7 +147,7 @@ def test_verify_notices_a_changed_byte(
 @pytest.mark.parametrize("recipe", ["int8", "int8_sq", "int4", "int4_awq"])
 def test_other_recipes_run_to_the_end(recipe: str, arguments: Arguments, tmp_path: Path) -> None:
     assert main(arguments("run", "--recipe", recipe, "--block-size", "16")) == 0
-    original, memory, exported = read_report(tmp_path / "out").columns
+    _, memory, exported = read_report(tmp_path / "out").columns
     assert memory.metrics["perplexity"] == pytest.approx(exported.metrics["perplexity"], rel=0.02)
     assert memory.metrics["kl"] > 0
 
