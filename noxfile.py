@@ -172,7 +172,7 @@ def bench(session: nox.Session) -> None:
 
 def install(session: nox.Session, line: str = DEVELOPMENT, cuda: str = "cpu") -> None:
     """Installs all packages, editable, with their extras, on one line."""
-    session.log(f"Installing the line {line}: minutes the first time, with pip")
+    session.log(f"Installing the line {line}, which takes pip some minutes")
     _, versions = LINES[line]
     packages = [f"--editable=./packages/{package}" for package in PACKAGES]
     packages[0] += "[data,demo]"
@@ -182,10 +182,11 @@ def install(session: nox.Session, line: str = DEVELOPMENT, cuda: str = "cpu") ->
 
 def demo_model(session: nox.Session) -> str:
     """Writes the demo model, if it is not there, and returns its directory."""
-    directory = "demo-output/smollm2"
-    if not Path(directory).exists():
-        session.run("slimtron-common", "demo-model", directory)
-    return directory
+    directory = Path("demo-output/smollm2")
+    if not directory.exists():
+        directory.parent.mkdir(exist_ok=True)
+        session.run("slimtron-common", "demo-model", str(directory))
+    return str(directory)
 
 
 def build_wheel(session: nox.Session, package: str, folder: Path) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from slimtron_common.integrations.modelopt import to_modelopt
 from slimtron_common.models.megatron import architecture_of
 from slimtron_common.parallel import ParallelContext, forward_only, unwrap_model
 from slimtron_common.progress import Progress
+from slimtron_quant.awq import awq_calibrate
 from slimtron_quant.calibration.scales import MendedScale, check_scales
 from slimtron_quant.calibration.state import restore_calibration
 from slimtron_quant.config import ExportConfig, QuantizationConfig
@@ -169,8 +170,13 @@ class Quantizer:
     def _calibrate(self, model: nn.Module, forward_loop: ForwardLoop | None) -> None:
         import modelopt.torch.quantization as mtq
 
+        algorithm = self._algorithm
+        settings = dict(algorithm) if isinstance(algorithm, Mapping) else {"method": algorithm}
         try:
-            mtq.calibrate(model, self._algorithm, forward_loop)
+            if settings.pop("method") == "awq_lite" and forward_loop is not None:
+                awq_calibrate(model, forward_loop, **settings)
+            else:
+                mtq.calibrate(model, algorithm, forward_loop)
         except (RuntimeError, ValueError, AssertionError, StopIteration) as error:
             raise CalibrationError(
                 f"the calibration failed: {type(error).__name__}: {error}",

@@ -86,3 +86,41 @@ def test_exports_equal_those_of_one_process(
                 assert wrong <= (1e-3 if recipe == "int8_sq" else 0), where
         for file in ("config.json", "hf_quant_config.json"):
             assert (tmp_path / recipe / file).read_text() == (one / recipe / file).read_text()
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [(3, ParallelConfig(tensor_parallel_size=3)), (2, ParallelConfig(pipeline_parallel_size=2))],
+    ids=["tp3", "pp2"],
+)
+def test_the_demo_model_too(
+    world_size: int, layout: ParallelConfig, demo_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "cut").mkdir()
+    run_ranks(_export_fp8, 1, demo_model, tmp_path / "one", ParallelConfig())
+    run_ranks(_export_fp8, world_size, demo_model, tmp_path / "cut", layout)
+    expected = load_file(tmp_path / "one" / "fp8" / "model.safetensors")
+    found = {}
+    for file in sorted((tmp_path / "cut" / "fp8").glob("*.safetensors")):
+        found |= load_file(file)
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        if key.endswith("input_scale") and layout.tensor_parallel_size > 1:
+            torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=0)
+        else:
+            assert torch.equal(found[key].float(), tensor.float()), key
+
+
+def _export_fp8(
+    rank: int, world_size: int, model_dir: Path, out: Path, layout: ParallelConfig
+) -> None:
+    checkpoint = open_checkpoint(f"hf:{model_dir}")
+    tokens = torch.randint(0, 40000, (2, 64), generator=torch.Generator().manual_seed(5))
+    with initialize_parallel(layout, device="cpu") as context:
+        model = build_model(checkpoint.architecture, context, dtype=torch.float32)
+        checkpoint.load(model, context)
+        quantizer = Quantizer(QuantizationConfig("fp8"), ExportConfig(out / "fp8"))
+        quantizer.quantize(model, calibration_loop(list(tokens.split(1)), context))
+        quantizer.export(model, model_dir)

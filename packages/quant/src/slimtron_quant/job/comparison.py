@@ -21,7 +21,7 @@ _KINDS = {
     "mlp.linear_fc2": "down",
 }
 
-_METRICS = (Metric("kl_memory", "KL to the one in memory", unit="nats", better="lower"),)
+_METRICS = (Metric("kl_memory", "KL to in-memory", unit="nats", better="lower"),)
 
 
 def compare(
