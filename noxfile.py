@@ -21,6 +21,8 @@ nox.options.error_on_missing_interpreters = False  # A line without its Python i
 nox.options.reuse_venv = "yes"
 nox.options.sessions = ["lint", "types", "tests"]
 
+# Tests start many processes: none of them should have to compile the libraries again.
+os.environ.setdefault("UV_COMPILE_BYTECODE", "1")
 if "PIP_FIND_LINKS" in os.environ:
     # uv does not read pip's settings: a folder of wheels that pip may use is good for uv, too.
     os.environ.setdefault("UV_FIND_LINKS", ",".join(os.environ["PIP_FIND_LINKS"].split()))
@@ -102,7 +104,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Check the types of all packages, strictly."""
     install(session)
-    session.install(*MYPY)
+    session.install(*MYPY, *TEST_TOOLS)
     session.run("mypy", *(f"packages/{package}/src" for package in PACKAGES))
 
 
@@ -204,7 +206,7 @@ def run_pytest(session: nox.Session, *arguments: str) -> None:
     """Runs pytest in several processes that share the cores."""
     threads = max(1, (os.cpu_count() or 1) // TEST_WORKERS)
     session.run(
-        *("pytest", f"--numprocesses={TEST_WORKERS}", "--dist=loadfile", "--durations=10"),
+        *("pytest", f"--numprocesses={TEST_WORKERS}", "--dist=worksteal", "--durations=10"),
         *arguments,
         env={"OMP_NUM_THREADS": str(threads)},
     )

@@ -3,14 +3,13 @@
     python benchmarks/quantization.py MODEL_DIR [--recipes fp8,int8] [--device cpu]
 
 Slimtron runs its whole job (Megatron-Core, export, reload). The peer is ModelOpt's
-``mtq.quantize`` on the same model in transformers, calibrated on the same tokens and measured
-on the same held-out tokens.
+``mtq.quantize`` with the same config on the same Megatron-Core model, calibrated on the same
+tokens and measured on the same held-out tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import platform
 import tempfile
 import time
@@ -25,9 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from slimtron_common.config import build_config
+from slimtron_common.evaluation import evaluate
 from slimtron_common.integrations.modelopt import to_modelopt
 from slimtron_common.manifest import environment_versions
-from slimtron_common.parallel import initialize_parallel
+from slimtron_common.models.megatron import build_model
+from slimtron_common.parallel import ParallelContext, initialize_parallel
 from slimtron_quant.export.reader import ExportedModel
 from slimtron_quant.job.config import QuantJobConfig
 from slimtron_quant.job.preflight import Plan, preflight
@@ -105,48 +106,31 @@ def _measure(plan: Plan) -> Row:
 
 def _seconds_to_quantize(plan: Plan) -> float:
     """Inserting quantizers and calibrating, without loading, evaluating or writing."""
-    from slimtron_common.models.megatron import build_model
-
     with initialize_parallel(device=plan.device) as context:
-        model = build_model(plan.checkpoint.architecture, context, dtype=plan.dtype)
-        plan.checkpoint.load(model, context)
-        batches = plan.calibration.batches(1) if plan.calibration else []
-        return _timed(
-            plan.device,
-            lambda: Quantizer(plan.config.quantization).quantize(
-                model, calibration_loop(batches, context)
-            ),
-        )
+        model, loop = _load(plan, context)
+        quantizer = Quantizer(plan.config.quantization)
+        return _timed(plan.device, lambda: quantizer.quantize(model, loop))
 
 
 def _peer(plan: Plan) -> tuple[float, float]:
     import modelopt.torch.quantization as mtq
-    import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(plan.checkpoint.path)
-    model = model.to(plan.dtype).to(plan.device).eval()
-    # The same ModelOpt config; patterns for Megatron's output layer and embedding by HF's names.
-    config = to_modelopt(
-        quantization_recipe(plan.config.quantization, plan.checkpoint.architecture)
-    )
-    tokens = torch.tensor(plan.calibration.tokens) if plan.calibration else torch.empty(0, 512)
-
-    @torch.no_grad()
-    def loop(model: Any) -> None:
-        for sequence in tokens:
-            model(sequence[None].to(plan.device))
-
-    seconds = _timed(plan.device, lambda: mtq.quantize(model, config, loop))
-    return _perplexity(model, torch.tensor(plan.evaluation.tokens), plan.device), seconds
+    architecture = plan.checkpoint.architecture
+    config = to_modelopt(quantization_recipe(plan.config.quantization, architecture))
+    with initialize_parallel(device=plan.device) as context:
+        model, loop = _load(plan, context)
+        seconds = _timed(plan.device, lambda: mtq.quantize(model, config, loop))
+        found = evaluate(
+            model, plan.evaluation.batches(1), context, vocab_size=architecture.vocab_size
+        )
+    return found.perplexity, seconds
 
 
-@torch.no_grad()
-def _perplexity(model: Any, tokens: torch.Tensor, device: str) -> float:
-    total = 0.0
-    for sequence in tokens.to(device):
-        logits = model(sequence[None]).logits[0, :-1].float()
-        total += float(torch.nn.functional.cross_entropy(logits, sequence[1:], reduction="sum"))
-    return math.exp(total / (tokens.numel() - len(tokens)))
+def _load(plan: Plan, context: ParallelContext) -> tuple[Any, Callable[[Any], None]]:
+    model = build_model(plan.checkpoint.architecture, context, dtype=plan.dtype)
+    plan.checkpoint.load(model, context)
+    batches = plan.calibration.batches(1) if plan.calibration else []
+    return model, calibration_loop(batches, context)
 
 
 def _timed(device: str, work: Callable[[], object]) -> float:

@@ -35,6 +35,7 @@ __all__ = ["Quantizer", "calibration_loop"]
 logger = logging.getLogger(__name__)
 
 ForwardLoop = Callable[[Any], None]
+Algorithm = str | Mapping[str, Any] | None
 
 
 class Quantizer:
@@ -89,9 +90,11 @@ class Quantizer:
         recipe = recipe_named(algorithm)
         if recipe.needs_calibration and forward_loop is None:
             forward_loop = self._default_forward_loop(model, context)
-        self._attach(megatron, context)
+        calibration = self._attach(megatron, context)
         with _quiet_modelopt():
-            self._calibrate(megatron, forward_loop if recipe.needs_calibration else None)
+            self._calibrate(
+                megatron, calibration, forward_loop if recipe.needs_calibration else None
+            )
         self._finish(megatron, context)
         return model
 
@@ -148,8 +151,8 @@ class Quantizer:
         )
         return self.export_config.path
 
-    def _attach(self, model: nn.Module, context: ParallelContext) -> None:
-        """Puts uncalibrated quantizers into a bare model."""
+    def _attach(self, model: nn.Module, context: ParallelContext) -> Algorithm:
+        """Puts uncalibrated quantizers into a bare model; returns what calibrates them."""
         import modelopt.torch.quantization as mtq
 
         config = quantization_recipe(
@@ -158,19 +161,20 @@ class Quantizer:
             tensor_parallel_size=context.tp_size,
             layer_offset=layer_offset(model),
         )
-        self._algorithm = config.algorithm
         with _quiet_modelopt():
             mtq.quantize(model, to_modelopt(config.with_algorithm(None)))
+        return config.algorithm
 
     def _finish(self, model: nn.Module, context: ParallelContext) -> None:
         """Checks the scales of a calibrated model and describes what became of its layers."""
         self.mended = list(check_scales(model).mended)
         self.layers = summarize(model, context)
 
-    def _calibrate(self, model: nn.Module, forward_loop: ForwardLoop | None) -> None:
+    def _calibrate(
+        self, model: nn.Module, algorithm: Algorithm, forward_loop: ForwardLoop | None
+    ) -> None:
         import modelopt.torch.quantization as mtq
 
-        algorithm = self._algorithm
         settings = dict(algorithm) if isinstance(algorithm, Mapping) else {"method": algorithm}
         try:
             if settings.pop("method") == "awq_lite" and forward_loop is not None:

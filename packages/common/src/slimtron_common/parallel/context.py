@@ -252,6 +252,7 @@ def _init_process_group(device: str, timeout_minutes: float) -> None:
             environment[name] = environment[slurm]
     world_size = int(environment.get("WORLD_SIZE", "1"))
     backend, timeout = "gloo", datetime.timedelta(minutes=timeout_minutes)
+    device_id = None
     if device == "cuda":
         backend = "nccl"
         local_rank = int(environment.get("LOCAL_RANK", "0"))
@@ -264,10 +265,14 @@ def _init_process_group(device: str, timeout_minutes: float) -> None:
                 hint="lower torchrun's --nproc-per-node",
             )
         torch.cuda.set_device(local_rank)
+        # NCCL would guess it from the rank, wrongly on hosts that are not all alike.
+        device_id = torch.device("cuda", local_rank)
     if world_size == 1:
         # torch exports HashStore without listing it.
         store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(
+            backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=device_id
+        )
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
@@ -278,4 +283,4 @@ def _init_process_group(device: str, timeout_minutes: float) -> None:
             found=world_size,
             hint="start the job with torchrun, or export MASTER_ADDR and MASTER_PORT under Slurm",
         )
-    dist.init_process_group(backend, timeout=timeout)
+    dist.init_process_group(backend, timeout=timeout, device_id=device_id)

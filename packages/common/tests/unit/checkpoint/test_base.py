@@ -44,7 +44,7 @@ def test_missing_directory_is_refused(kind: str, tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(CheckpointError, match="a file"):
         open_checkpoint(f"{kind}:{file}")
-    with pytest.raises(CheckpointError, match="config.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         open_checkpoint(f"{kind}:{tmp_path}")
 
 

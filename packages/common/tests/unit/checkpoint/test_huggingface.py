@@ -243,12 +243,13 @@ def test_written_shards_are_bounded_and_indexed(
     copy: Path, tmp_path: Path, context: ParallelContext
 ) -> None:
     tensors = load_file(copy / "model.safetensors")
-    largest = max(tensor.nbytes for tensor in tensors.values())
+    limit = max(tensor.nbytes for tensor in tensors.values()) // 2
     (copy / "model.safetensors").unlink()
-    write_safetensors(copy, tensors.items(), context, max_shard_bytes=largest)
+    write_safetensors(copy, tensors.items(), context, max_shard_bytes=limit)
     files = sorted(copy.glob("*.safetensors"))
     assert len(files) > 11, "parts with two-digit numbers keep their order, too"
-    assert all(sum(t.nbytes for t in load_file(f).values()) <= largest for f in files)
+    for sizes in ([t.nbytes for t in load_file(file).values()] for file in files):
+        assert len(sizes) == 1 or sum(sizes) <= limit
     # The order of the files is that of the tensors.
     order = [name for file in files for name in load_file(file)]
     position = {name: i for i, name in enumerate(tensors)}
@@ -286,7 +287,7 @@ def test_missing_tensor_is_refused(copy: Path) -> None:
 
 def test_wrong_shape_is_refused(copy: Path) -> None:
     rewrite(copy, **{"model.layers.0.self_attn.k_proj.weight": torch.zeros(32, 63)})
-    with pytest.raises(CheckpointError, match="k_proj.weight has another shape") as caught:
+    with pytest.raises(CheckpointError, match=r"k_proj\.weight has another shape") as caught:
         open_checkpoint(f"hf:{copy}")
     assert (caught.value.found, caught.value.allowed) == ([32, 63], [32, 64])
 

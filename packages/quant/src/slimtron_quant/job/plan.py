@@ -40,7 +40,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         (
             "memory per process",
             f"{_size(estimate.memory)}: weights {_size(estimate.weights)}, activations "
-            f"{_size(estimate.activations)}",
+            f"{_size(estimate.activations)}, statistics {_size(estimate.statistics)}",
         ),
         ("disk", f"{_size(estimate.disk)} while it runs"),
         ("forward passes", f"about {_duration(seconds)} at this machine's matrix speed"),

@@ -17,6 +17,7 @@ from slimtron_common.data.sources import check_source
 from slimtron_common.errors import CheckpointError, ConfigError, ParallelismError
 from slimtron_common.evaluation.reference import reference_bytes
 from slimtron_common.manifest import environment_versions
+from slimtron_common.models import Architecture
 from slimtron_common.parallel.context import check_world_size, world_size_from_environment
 from slimtron_common.workdir import check_resumable
 from slimtron_quant.job.config import QuantJobConfig
@@ -35,6 +36,9 @@ class Estimate:
     activations: int
     """The largest of what one micro-batch makes, logits included, in one process."""
 
+    statistics: int
+    """What the calibration keeps of the activations, in one process."""
+
     disk: int
     """The output and what is kept until the job is over."""
 
@@ -43,8 +47,8 @@ class Estimate:
 
     @property
     def memory(self) -> int:
-        """Weights and activations, with a tenth for what the libraries take."""
-        return round(1.1 * (self.weights + self.activations))
+        """All of these together, with a tenth for what the libraries take."""
+        return round(1.1 * (self.weights + self.activations + self.statistics))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,11 +295,21 @@ def _estimate(
     return Estimate(
         weights=round(stage * itemsize / tensor),
         activations=round(activations),
+        statistics=round(_awq_statistics(architecture) / tensor / pipeline)
+        if recipe.name == "int4_awq"
+        else 0,
         disk=round(
             logits + checkpoint.weight_bytes + (parameters * itemsize if rewrites_weights else 0)
         ),
         flops=2.0 * parameters * tokens,
     )
+
+
+def _awq_statistics(architecture: Architecture) -> int:
+    """Bytes of the second moments of every layer's inputs: AWQ keeps them until its search."""
+    a = architecture
+    widths = (a.hidden_size, a.query_size, a.hidden_size, a.ffn_hidden_size)
+    return a.num_layers * sum(4 * width * width for width in widths)
 
 
 def _check_memory(estimate: Estimate, device: str) -> None:
@@ -305,7 +319,8 @@ def _check_memory(estimate: Estimate, device: str) -> None:
             "the model does not fit into the memory of one process",
             where="parallel",
             found=f"{estimate.memory / 2**30:.1f} GiB needed (weights "
-            f"{estimate.weights / 2**30:.1f}, activations {estimate.activations / 2**30:.1f}), "
+            f"{estimate.weights / 2**30:.1f}, activations {estimate.activations / 2**30:.1f}, "
+            f"statistics {estimate.statistics / 2**30:.1f}), "
             f"{available / 2**30:.1f} GiB free",
             hint="raise tensor_parallel_size or pipeline_parallel_size, or lower the batch sizes "
             "and sequence lengths",
