@@ -28,6 +28,7 @@ from slimtron_common.models import Architecture
 from slimtron_common.models.huggingface import config_from_architecture
 from slimtron_common.models.mapping import Layout
 from slimtron_common.parallel import ParallelContext
+from slimtron_quant.export.folding import fold_input_factors, input_factor
 from slimtron_quant.formats import Format, format_named
 from slimtron_quant.formats.detect import detect_format
 from slimtron_quant.formats.hf_quant_config import config_json_quantization, hf_quant_config
@@ -77,7 +78,11 @@ def write_huggingface(
     dtype: torch.dtype,
     companions: Sequence[Path] = (),
 ) -> None:
-    """Writes into an existing directory; otherwise as ``export_huggingface``."""
+    """Writes into an existing directory; otherwise as ``export_huggingface``.
+
+    Factors that can be are folded into the norms of ``model`` first.
+    """
+    fold_input_factors(model, architecture, dtype=dtype)
     layers = _quantized_layers(model, architecture, context)
     write_safetensors(
         directory, _packed_tensors(model, architecture, context, dtype=dtype), context
@@ -113,7 +118,6 @@ def _quantized_layers(
 def _packed_tensors(
     model: nn.Module, architecture: Architecture, context: ParallelContext, *, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    factors = _foldable_factors(model, architecture)
     for bound in bound_parameters(model, architecture):
         if bound.is_copy:
             continue
@@ -122,35 +126,9 @@ def _packed_tensors(
         if spec is not None:
             yield from _packed_layer(bound, module, spec, context)
             continue
-        tensor = bound.tensor.detach()
-        if bound.name in factors:
-            tensor = tensor * factors[bound.name]
-        wholes = bound.rule.layout.split(gather_shards(tensor, context))
+        wholes = bound.rule.layout.split(gather_shards(bound.tensor.detach(), context))
         for name, whole in zip(bound.rule.hf_names, wholes, strict=True):
             yield name, whole.to(dtype)
-
-
-def _foldable_factors(model: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
-    """Factors on the input of QKV and of gate and up, by the name of the norm before them.
-
-    The norm multiplies by its weight last, so that its weight can take the factor exactly.
-    Engines fuse these projections and have no place for a factor between norm and product.
-    """
-    factors, norm = {}, ""
-    for bound in bound_parameters(model, architecture):
-        if bound.rule.hf_names[0].endswith("layernorm.weight"):
-            norm = bound.name
-        elif len(bound.rule.hf_names) > 1 and _is_linear(bound):
-            factor = _factor(_module(model, bound))
-            if factor is not None:
-                factors[norm] = factor
-    return factors
-
-
-def _factor(module: Any) -> Tensor | None:
-    quantizer = getattr(module, "input_quantizer", None)
-    factor: Tensor | None = getattr(quantizer, "pre_quant_scale", None)
-    return None if factor is None else factor.reshape(-1)
 
 
 def _packed_layer(
@@ -165,7 +143,7 @@ def _packed_layer(
     amaxes = _whole(amax, layout, context, len(weights))
     factor = None
     if layout.dim == -1:
-        factor = _factor(module)
+        factor = input_factor(module)
         if factor is None and format_name == "int4":
             # TensorRT-LLM reads one for these layers whether AWQ ran or not.
             factor = torch.ones_like(rounded[0])

@@ -20,6 +20,7 @@ from slimtron_common.progress import stage
 from slimtron_common.report import Comparison, read_report, write_report
 from slimtron_common.workdir import WorkDir
 from slimtron_quant.calibration.state import save_calibration
+from slimtron_quant.export.folding import fold_input_factors
 from slimtron_quant.export.huggingface import write_huggingface
 from slimtron_quant.export.reader import ExportedModel
 from slimtron_quant.export.verify import check_agreement
@@ -113,6 +114,10 @@ class _Job:
                     "layers": [layer.to_dict() for layer in quantizer.layers],
                     "mended": [dataclasses.asdict(item) for item in quantizer.mended],
                 }
+        architecture = self.plan.checkpoint.architecture
+        dtype = getattr(torch, self.config.export.torch_dtype)
+        # What is measured in memory is what will be written.
+        fold_input_factors(model, architecture, dtype=dtype)
         if not self.work.has("quantized"):
             with stage("quantized: evaluate"), self.work.stage("quantized") as output:
                 references = {"original": self.work.directory("original")}
@@ -122,9 +127,9 @@ class _Job:
             write_huggingface(
                 output.directory,
                 model,
-                self.plan.checkpoint.architecture,
+                architecture,
                 self.context,
-                dtype=getattr(torch, self.config.export.torch_dtype),
+                dtype=dtype,
                 companions=self.plan.checkpoint.companion_files(),
             )
         self._release()
