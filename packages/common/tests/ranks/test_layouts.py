@@ -35,9 +35,14 @@ def _tokens() -> list[torch.Tensor]:
     return [torch.randint(0, 299, size, generator=generator) for size in sizes]
 
 
-def _forward_and_backward(
-    rank: int, world_size: int, path: Path, layout: ParallelConfig
-) -> dict[str, object]:
+def _on_rank(
+    rank: int, world_size: int, paths: list[Path], layout: ParallelConfig
+) -> list[dict[str, object]]:
+    # Starting a process costs more than running these models: both in one.
+    return [_forward_and_backward(path, layout) for path in paths]
+
+
+def _forward_and_backward(path: Path, layout: ParallelConfig) -> dict[str, object]:
     """Logits of all batches, and the gradients of the whole model for the first one."""
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -95,14 +100,17 @@ def _whole_gradients(model, checkpoint, context):
     return found
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def reference(request, tmp_path_factory):
-    path = write_tiny_model(
-        tmp_path_factory.mktemp("model") / "tiny",
-        tie_word_embeddings=request.param,
-        tokenizer=False,
-    )
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    """For a tied and an untied model: its directory, transformers' logits and gradients."""
+    return [
+        _reference(tmp_path_factory.mktemp("model") / "tiny", tied=tied) for tied in (True, False)
+    ]
+
+
+def _reference(path: Path, *, tied: bool):
+    write_tiny_model(path, tie_word_embeddings=tied, tokenizer=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path).float()
     with torch.no_grad():
         logits = [model(tokens).logits for tokens in _tokens()]
     tokens = _tokens()[0]
@@ -110,25 +118,24 @@ def reference(request, tmp_path_factory):
         model(tokens).logits.flatten(0, 1), tokens.roll(-1, 1).flatten()
     )
     loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    return path, logits, gradients
+    return path, logits, {name: p.grad for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=_name)
-def test_logits_and_gradients_are_those_of_transformers(reference, layout):
-    path, logits, gradients = reference
-    results = run_ranks(_forward_and_backward, layout.model_parallel_size, path, layout)
-
-    seen = set()
-    for result in results:
-        for index, found in result["logits"].items():
-            torch.testing.assert_close(found, logits[index], rtol=1e-4, atol=1e-4)
-            assert torch.equal(found.argmax(-1), logits[index].argmax(-1))
-            seen.add(index)
-        for name, found in result["gradients"].items():
-            torch.testing.assert_close(
-                found, gradients[name], rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
-            )
-            seen.add(name)
-    # The stages together cover every batch and every parameter.
-    assert seen >= {0, 1, 2} | set(gradients)
+def test_logits_and_gradients_are_those_of_transformers(references, layout):
+    paths = [path for path, _, _ in references]
+    results = run_ranks(_on_rank, layout.model_parallel_size, paths, layout)
+    for number, (_, logits, gradients) in enumerate(references):
+        seen = set()
+        for result in (rank[number] for rank in results):
+            for index, found in result["logits"].items():
+                torch.testing.assert_close(found, logits[index], rtol=1e-4, atol=1e-4)
+                assert torch.equal(found.argmax(-1), logits[index].argmax(-1))
+                seen.add(index)
+            for name, found in result["gradients"].items():
+                torch.testing.assert_close(
+                    found, gradients[name], rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+                )
+                seen.add(name)
+        # The stages together cover every batch and every parameter.
+        assert seen >= {0, 1, 2} | set(gradients)
