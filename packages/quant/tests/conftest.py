@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from slimtron_common.testing import write_tiny_model
+from slimtron_common.testing import ranks, write_tiny_model
 from slimtron_common.testing.demo import demo_model_for_tests
+
+ranks.PRELOADED += ["modelopt.torch.quantization", "slimtron_quant.job.run"]
 
 
 @pytest.fixture(scope="session")
