@@ -13,6 +13,7 @@ from torch import nn
 from slimtron_common.errors import CheckpointError, ConfigError
 from slimtron_common.models.architecture import Architecture
 from slimtron_common.models.huggingface import architecture_from_config
+from slimtron_common.models.mapping import model_parameters
 from slimtron_common.parallel.context import ParallelContext
 
 __all__ = [
@@ -109,9 +110,13 @@ class Checkpoint(ABC):
         )
 
     @property
-    @abstractmethod
     def num_parameters(self) -> int:
         """Parameters stored, a tied output layer counted once."""
+        return sum(
+            torch.Size(shape).numel()
+            for _, rule in model_parameters(self.architecture)
+            for shape in rule.hf_shapes
+        )
 
     @property
     @abstractmethod

@@ -161,14 +161,6 @@ class HuggingFaceCheckpoint(Checkpoint):
         self._check_headers()
 
     @property
-    def num_parameters(self) -> int:
-        return sum(
-            torch.Size(shape).numel()
-            for _, rule in model_parameters(self.architecture)
-            for shape in rule.hf_shapes
-        )
-
-    @property
     def weight_bytes(self) -> int:
         return self.tensors.weight_bytes
 

@@ -8,10 +8,10 @@ next to it, and ``DIR/weights`` is a checkpoint of ``megatron.core.dist_checkpoi
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -23,13 +23,13 @@ from slimtron_common.errors import CheckpointError
 from slimtron_common.manifest import write_manifest
 from slimtron_common.models.architecture import Architecture
 from slimtron_common.models.huggingface import config_from_architecture
-from slimtron_common.models.mapping import model_parameters
 from slimtron_common.parallel.context import ParallelContext
 from slimtron_common.parallel.unwrap import unwrap_model
 
 __all__ = ["MegatronCheckpoint", "save_megatron", "write_megatron"]
 
 WEIGHTS_DIR = "weights"
+_EMBEDDING = "embedding.word_embeddings.weight"
 
 
 class MegatronCheckpoint(Checkpoint):
@@ -47,15 +47,15 @@ class MegatronCheckpoint(Checkpoint):
                 found="no metadata.json",
                 hint="save the checkpoint again",
             )
-        check_metadata(self.weights)
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(
-            torch.Size(shape).numel()
-            for _, rule in model_parameters(self.architecture)
-            for shape in rule.hf_shapes
-        )
+        rows = check_metadata(self.weights).get(_EMBEDDING, (0,))[0]
+        # Megatron-Core pads the embedding and would fill up a shorter one without a word.
+        if rows < self.architecture.vocab_size:
+            raise CheckpointError(
+                "the vocabulary is not that of the weights",
+                where=path / CONFIG_NAME,
+                found=self.architecture.vocab_size,
+                allowed=f"at most {rows}",
+            )
 
     @property
     def weight_bytes(self) -> int:
@@ -67,7 +67,9 @@ class MegatronCheckpoint(Checkpoint):
 
         model = unwrap_model(model)
         try:
-            with refuse_code():
+            with refuse_code(), warnings.catch_warnings():
+                # Megatron-Core reads by functions that torch is about to rename.
+                warnings.simplefilter("ignore", FutureWarning)
                 state = dist_checkpointing.load(_sharded_weights(model), str(self.weights))
         except (
             CheckpointingException,

@@ -73,8 +73,11 @@ def refuse_code() -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def check_metadata(directory: Path) -> None:
+def check_metadata(directory: Path) -> dict[str, tuple[int, ...]]:
     """Checks the pickled index of a distributed checkpoint.
+
+    Returns:
+        The shape of every tensor in it.
 
     Raises:
         CheckpointError: The index is missing, corrupt, or names something that is no part of
@@ -82,7 +85,9 @@ def check_metadata(directory: Path) -> None:
     """
     path = directory / ".metadata"
     try:
-        _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
+        index = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
+        entries = index.state_dict_metadata.items()
+        return {name: tuple(entry.size) for name, entry in entries if hasattr(entry, "size")}
     except FileNotFoundError as error:
         raise CheckpointError(
             "the index of the distributed checkpoint is missing", where=path

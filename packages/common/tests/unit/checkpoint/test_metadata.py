@@ -47,7 +47,6 @@ def test_index_that_torch_writes_is_accepted(tmp_path: Path) -> None:
         shutil.rmtree,
         Path.touch,
         torch.load,
-        torch.float_power,
     ],
     ids=lambda f: f.__qualname__,
 )

@@ -39,12 +39,13 @@ def test_directory_appears_when_the_block_ends(tmp_path: Path, context: Parallel
 
 
 def test_error_leaves_nothing(tmp_path: Path, context: ParallelContext) -> None:
-    with (
-        pytest.raises(RuntimeError, match="power"),
-        collective_directory(tmp_path / "out", context) as directory,
-    ):
-        (directory / "file").touch()
-        raise RuntimeError("power")
+    def interrupted() -> None:
+        with collective_directory(tmp_path / "out", context) as directory:
+            (directory / "file").touch()
+            raise RuntimeError("power")
+
+    with pytest.raises(RuntimeError, match="power"):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 

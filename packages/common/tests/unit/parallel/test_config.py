@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+
+from slimtron_common.errors import ConfigError
+from slimtron_common.parallel import ParallelConfig
+
+
+def test_model_parallel_size_is_a_copy_of_the_model() -> None:
+    config = ParallelConfig(
+        tensor_parallel_size=2,
+        pipeline_parallel_size=3,
+        context_parallel_size=5,
+        expert_parallel_size=7,
+    )
+    assert ParallelConfig().model_parallel_size == 1
+    assert config.model_parallel_size == 2 * 3 * 5
+
+
+@pytest.mark.parametrize("axis", ["tensor", "pipeline", "context", "expert"])
+@pytest.mark.parametrize("size", [0, -1])
+def test_sizes_count_processes(axis: str, size: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ParallelConfig(**{f"{axis}_parallel_size": size})
+    assert caught.value.where == f"{axis}_parallel_size"
+    assert caught.value.found == size
+
+
+def test_sequence_parallelism_needs_tensor_parallelism() -> None:
+    assert ParallelConfig(tensor_parallel_size=2, sequence_parallel=True).sequence_parallel
+    with pytest.raises(ConfigError, match="sequence parallelism") as caught:
+        ParallelConfig(sequence_parallel=True)
+    assert "tensor_parallel_size" in str(caught.value.hint)
