@@ -20,27 +20,34 @@ def _convert(
     return convert(plan_conversion(source, target, parallel=layout, device="cpu"))
 
 
+SINGLE = ParallelConfig()
+TENSOR = ParallelConfig(tensor_parallel_size=2)
+PIPELINE = ParallelConfig(pipeline_parallel_size=2)
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_tensor_parallel_there_and_pipeline_back(tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "layouts", [(TENSOR, PIPELINE), (SINGLE, TENSOR)], ids=["tp2, then pp2", "alone, then tp2"]
+)
+def test_there_and_back_in_another_layout(
+    layouts: tuple[ParallelConfig, ParallelConfig], tied: bool, tmp_path: Path
+) -> None:
+    # Two tensor-parallel processes pad an odd vocabulary.
     original = write_tiny_model(
         tmp_path / "original", "qwen2", tie_word_embeddings=tied, vocab_size=299, tokenizer=False
     )
     there, back = tmp_path / "there", tmp_path / "back"
-    tensor, pipeline = (
-        ParallelConfig(tensor_parallel_size=2),
-        ParallelConfig(pipeline_parallel_size=2),
-    )
-    results = [
-        run_ranks(_convert, 2, f"hf:{original}", f"megatron:{there}", tensor),
-        run_ranks(_convert, 2, f"megatron:{there}", f"hf:{back}", pipeline),
-    ]
-    for first, second in results:
-        assert first == second, "the same on every process"
+    for layout, source, target in (
+        (layouts[0], f"hf:{original}", f"megatron:{there}"),
+        (layouts[1], f"megatron:{there}", f"hf:{back}"),
+    ):
+        first, *others = run_ranks(_convert, layout.model_parallel_size, source, target, layout)
+        assert all(other == first for other in others), "the same on every process"
         assert first.difference == 0.0
         assert first.largest_logit > 1
         verify_manifest(first.path)
     before = load_file(original / "model.safetensors")
-    # Every stage writes a file of its own.
+    # Every pipeline stage writes a file of its own.
     after = {}
     for file in sorted(back.glob("*.safetensors")):
         after.update(load_file(file))

@@ -80,7 +80,7 @@ def test_a_rank_that_dies_is_told() -> None:
 
 def test_a_rank_that_hangs_is_ended(tmp_path: Path) -> None:
     with pytest.raises(RankError, match=r"ranks \[.*1\] did not end within"):
-        run_ranks(_sleep, 2, tmp_path, timeout=20)
+        run_ranks(_sleep, 2, tmp_path, timeout=10)
     for file in tmp_path.iterdir():
         with pytest.raises(ProcessLookupError):
             os.kill(int(file.read_text()), 0)
