@@ -138,7 +138,8 @@ class ExportConfig:
     """Pipeline-parallel size for ``trtllm``; an HF checkpoint is cut by the engine loading it."""
 
     generate_sample: bool = False
-    """Whether to log what the quantized model makes of two prompts."""
+    """NeMo's switch for a text that the quantized model writes. True is refused: the report
+    measures the model instead."""
 
     def __post_init__(self) -> None:
         _check("path", self.path, bool(str(self.path)), "a directory to write")
@@ -153,6 +154,15 @@ class ExportConfig:
                 hint="TensorRT-LLM reads hf checkpoints too",
             )
         _check_choice("dtype", str(self.dtype), tuple(_DTYPES))
+        if self.generate_sample:
+            raise ConfigError(
+                "a sample text proves little, and this version writes none",
+                where="generate_sample",
+                found=True,
+                allowed="false",
+                hint="the report has perplexity, KL divergence and agreement; transformers and "
+                "the inference engines generate from the exported directory",
+            )
         for field, only in (("decoder_type", None), ("inference_tp", 1), ("inference_pp", 1)):
             if getattr(self, field) != only:
                 raise ConfigError(

@@ -87,6 +87,7 @@ def test_quantization_values_out_of_range_name_the_field(field: str, value: Any)
         ("export_format", "trtllm"),
         ("export_format", "nemo"),
         ("export_format", "onnx"),
+        ("generate_sample", True),
         ("dtype", "fp8"),
         ("dtype", 8),
         ("decoder_type", "llama"),

@@ -14,11 +14,15 @@ from slimtron_common.config import to_dict
 from slimtron_common.data import TokenDataset, token_dataset
 from slimtron_common.data.config import DataConfig
 from slimtron_common.data.sources import check_source
-from slimtron_common.errors import CheckpointError, ConfigError, ParallelismError
+from slimtron_common.errors import ConfigError, ParallelismError
 from slimtron_common.evaluation.reference import reference_bytes
 from slimtron_common.manifest import environment_versions
 from slimtron_common.models import Architecture
-from slimtron_common.parallel.context import check_world_size, world_size_from_environment
+from slimtron_common.parallel.context import (
+    check_world_size,
+    resolve_device,
+    world_size_from_environment,
+)
 from slimtron_common.workdir import check_resumable
 from slimtron_quant.job.config import QuantJobConfig
 from slimtron_quant.recipes import Recipe, quantization_recipe, recipe_named
@@ -90,7 +94,7 @@ def preflight(
     Raises:
         SlimtronError: What is wrong and what to do, with exit code 2.
     """
-    device = _device(config)
+    device = resolve_device(config.device)
     world_size = world_size or world_size_from_environment()
     check_world_size(config.parallel, world_size)
     recipe = recipe_named(str(config.quantization.algorithm))
@@ -112,7 +116,7 @@ def preflight(
         config.quantization, architecture, tensor_parallel_size=parallel.tensor_parallel_size
     )
     _check_lengths(config, architecture.max_position_embeddings)
-    dtype = _dtype(config, checkpoint, device)
+    dtype = checkpoint.compute_dtype(config.dtype, device)
     estimate = _estimate(config, checkpoint, recipe, dtype)
     check_writable(
         config.output,
@@ -147,27 +151,6 @@ def preflight(
     )
 
 
-def _device(config: QuantJobConfig) -> Literal["cpu", "cuda"]:
-    cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not cuda:
-        raise ConfigError(
-            "torch sees no GPU",
-            where="device",
-            found="cuda",
-            hint="use device: cpu, or see `slimtron-common doctor`",
-        )
-    if config.device == "auto":
-        return "cuda" if cuda else "cpu"
-    return config.device
-
-
-def _dtype(config: QuantJobConfig, checkpoint: Checkpoint, device: str) -> torch.dtype:
-    if config.dtype == "auto":
-        return checkpoint.dtype if device == "cuda" else torch.float32
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    return dtype
-
-
 def _check_lengths(config: QuantJobConfig, limit: int) -> None:
     for where, length in (
         ("evaluation.seq_length", config.evaluation.seq_length),
@@ -196,13 +179,6 @@ def _open_text(
     for name, text_field in sorted(wanted):
         check_source(name, text_field=text_field)
     tokenizer = checkpoint.tokenizer()
-    if len(tokenizer) > checkpoint.architecture.vocab_size:
-        raise CheckpointError(
-            "the tokenizer has more tokens than the model has embeddings",
-            where=checkpoint.path,
-            found=f"{len(tokenizer)} tokens, {checkpoint.architecture.vocab_size} embeddings",
-            hint="use the tokenizer that the model was trained with",
-        )
     calibration_tokens = quantization.calibration_dataset_size * quantization.calibration_seq_len
     if not recipe.needs_calibration:
         return _tokens(
