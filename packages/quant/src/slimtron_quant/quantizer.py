@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from slimtron_common.models.megatron import architecture_of
 from slimtron_common.parallel import ParallelContext, forward_only, unwrap_model
 from slimtron_common.progress import Progress
 from slimtron_quant.awq import awq_calibrate
+from slimtron_quant.calibration.maxima import ForwardLoop, collecting_maxima
 from slimtron_quant.calibration.scales import MendedScale, check_scales
 from slimtron_quant.calibration.state import restore_calibration
 from slimtron_quant.config import ExportConfig, QuantizationConfig
@@ -34,7 +35,6 @@ __all__ = ["Quantizer", "calibration_loop"]
 
 logger = logging.getLogger(__name__)
 
-ForwardLoop = Callable[[Any], None]
 Algorithm = str | Mapping[str, Any] | None
 
 
@@ -180,7 +180,8 @@ class Quantizer:
             if settings.pop("method") == "awq_lite" and forward_loop is not None:
                 awq_calibrate(model, forward_loop, **settings)
             else:
-                mtq.calibrate(model, algorithm, forward_loop)
+                loop = None if forward_loop is None else collecting_maxima(forward_loop)
+                mtq.calibrate(model, algorithm, loop)
         except (RuntimeError, ValueError, AssertionError, StopIteration) as error:
             raise CalibrationError(
                 f"the calibration failed: {type(error).__name__}: {error}",

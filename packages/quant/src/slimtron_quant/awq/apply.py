@@ -16,12 +16,13 @@ from slimtron_common.errors import ConfigError, UnsupportedModelError
 from slimtron_common.progress import Progress
 from slimtron_quant.awq.result import AWQResult, LayerScale
 from slimtron_quant.awq.search import (
+    Correlations,
     InputStatistics,
     candidate_scales,
-    output_energy,
     weight_magnitude,
 )
 from slimtron_quant.awq.shard import Shard, all_reduce
+from slimtron_quant.calibration.maxima import collecting_maxima
 from slimtron_quant.errors import CalibrationError
 
 __all__ = ["awq_calibrate"]
@@ -85,7 +86,7 @@ def awq_calibrate(
             for layer in layers:
                 stack.enter_context(layer.observed())
             # Quantizers are off in this pass. It calibrates those beside AWQ's, too.
-            max_calibrate(model, forward_loop)
+            max_calibrate(model, collecting_maxima(forward_loop))
         chosen = {}
         with Progress("searching AWQ scales", len(layers)) as progress:
             while layers:
@@ -163,7 +164,6 @@ class _Layer:
         x = x.detach().flatten(0, -2)
         if not len(x):
             return
-        _check_finite(x, self.name, "inputs")
         if self.shard.dim == 1:
             x = self.shard.gather(x, 1)
         elif _reads_sequence_shard(self.module):
@@ -172,29 +172,36 @@ class _Layer:
 
     def choose(self, alphas: Sequence[float | None]) -> LayerScale:
         """Tries the candidates, leaves the layer with the best and forgets the statistics."""
-        self.statistics.reduce(self.data_group)
-        original = self.module.weight.detach().clone()
+        statistics, original = self.statistics, self.module.weight.detach().clone()
+        statistics.reduce(self.data_group)
+        _check_finite(statistics.magnitude, self.name, "inputs")
         scales = [
             (1 / self._local(scale)).to(original.dtype)
             for scale in candidate_scales(
-                self.statistics.mean_magnitude,
+                statistics.mean_magnitude,
                 weight_magnitude(original, self._block_size(), self.shard),
                 alphas,
             )
         ]
-        signal = output_energy(original.float(), self.statistics, self.shard)
-        noise = [self._noise(original, scale) for scale in scales]
-        energies = all_reduce(torch.stack([signal, *noise]), self.shard.group)
+        # A weight in a half type has rounded away more than bfloat16 correlations do.
+        half = original.is_cuda and original.dtype in (torch.bfloat16, torch.float16)
+        correlations = statistics.correlations(torch.bfloat16 if half else torch.float32)
+        signal = original * correlations.local_norms
+        noise = [self._noise(original, scale, signal, correlations) for scale in scales]
+        energies = torch.stack([correlations.energy(signal), *noise])
+        energies = all_reduce(energies, self.shard.group)
         # Equal on data-parallel processes already, unless a kernel's order of additions varies.
         energies = all_reduce(energies, self.data_group)
         energies /= 1 if self.data_group is None else dist.get_world_size(self.data_group)
         _check_finite(energies, self.name, "output errors")
-        num_tokens = int(self.statistics.num_tokens)
-        power, *losses = (energies / max(num_tokens, 1)).tolist()
+        power, *losses = (energies / max(statistics.num_tokens, 1)).tolist()
         best = min(range(len(losses)), key=losses.__getitem__)
         self._apply(original, scales[best])
         return LayerScale(
-            alpha=alphas[best], losses=tuple(losses), signal=power, num_tokens=num_tokens
+            alpha=alphas[best],
+            losses=tuple(losses),
+            signal=power,
+            num_tokens=statistics.num_tokens,
         )
 
     def _local(self, scale: Tensor) -> Tensor:
@@ -205,22 +212,30 @@ class _Layer:
         size: int | None = blocks.get(-1) or blocks.get(1)
         return size
 
-    def _noise(self, original: Tensor, pre_quant_scale: Tensor) -> Tensor:
+    def _noise(
+        self, original: Tensor, pre_quant_scale: Tensor, signal: Tensor, correlations: Correlations
+    ) -> Tensor:
         module = self.module
         self._scale_weight(original, pre_quant_scale)
-        quantized = module.weight_quantizer(module.weight).float() * pre_quant_scale.float()
-        return output_energy(quantized - original.float(), self.statistics, self.shard)
+        quantized = module.weight_quantizer(module.weight)
+        scaled = quantized * (pre_quant_scale.float() * correlations.local_norms)
+        return correlations.energy(scaled.sub_(signal))
 
     def _scale_weight(self, original: Tensor, pre_quant_scale: Tensor) -> None:
         """Sets the weight to its scaled self and calibrates its quantizers on that."""
-        from modelopt.torch.quantization.model_calib import max_calibrate
-
         module = self.module
-        module.weight.copy_(original.float() / pre_quant_scale.float())
-        module.weight_quantizer.reset_amax()
-        # Synchronised here: of a layer on its own, ModelOpt takes experts for copies of one.
-        max_calibrate(module, distributed_sync=False)
-        for quantizer in _leaves(module.weight_quantizer):
+        torch.div(original, pre_quant_scale.float(), out=module.weight)
+        leaves = list(_leaves(module.weight_quantizer))
+        for quantizer in leaves:
+            quantizer.reset_amax()
+            quantizer.disable_quant()
+            quantizer.enable_calib()
+        module.weight_quantizer(module.weight)
+        for quantizer in leaves:
+            quantizer.load_calib_amax()
+            quantizer.enable_quant()
+            quantizer.disable_calib()
+        for quantizer in leaves:
             over_output_channels = quantizer.block_sizes is None and quantizer.axis in (0, (0,))
             if quantizer.axis is None or (self.shard.dim == 1 and over_output_channels):
                 quantizer.sync_amax_across_distributed_group(

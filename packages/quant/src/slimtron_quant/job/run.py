@@ -19,6 +19,7 @@ from slimtron_common.parallel import ParallelContext, initialize_parallel
 from slimtron_common.progress import stage
 from slimtron_common.report import Comparison, read_report, write_report
 from slimtron_common.workdir import WorkDir
+from slimtron_quant.calibration.maxima import ForwardLoop
 from slimtron_quant.calibration.state import save_calibration
 from slimtron_quant.export.folding import fold_input_factors
 from slimtron_quant.export.huggingface import write_huggingface
@@ -26,7 +27,7 @@ from slimtron_quant.export.reader import ExportedModel
 from slimtron_quant.export.verify import check_agreement
 from slimtron_quant.job.comparison import compare
 from slimtron_quant.job.preflight import Plan
-from slimtron_quant.quantizer import ForwardLoop, Quantizer, calibration_loop
+from slimtron_quant.quantizer import Quantizer, calibration_loop
 from slimtron_quant.summary import LayerSummary
 
 __all__ = ["run"]

@@ -7,7 +7,6 @@ from torch import Tensor
 from slimtron_quant.awq.search import (
     InputStatistics,
     candidate_scales,
-    output_energy,
     weight_magnitude,
 )
 from slimtron_quant.awq.shard import Shard
@@ -49,13 +48,31 @@ def test_losses_equal_a_replay_of_the_inputs() -> None:
         for scale in candidate_scales(statistics.mean_magnitude, magnitude, ALPHAS)
     ]
 
-    losses = [output_energy(error, statistics, WHOLE).item() for error in errors]
+    correlations = statistics.correlations(torch.float32)
+    losses = [correlations.energy(error * correlations.norms).item() for error in errors]
 
     replayed = [(x.double() @ error.double().T).square().sum().item() for error in errors]
     # fp32 sums of 500 products of numbers that span seven orders of magnitude.
     assert losses == pytest.approx(replayed, rel=1e-5)
     assert losses.index(min(losses)) == replayed.index(min(replayed))
     assert 0 < losses.index(min(losses)) < 10, "neither end of the range may win by default"
+
+
+def test_bfloat16_correlations_rank_the_candidates_as_exact_ones() -> None:
+    x, weight = inputs(2000, 256), weights(512, 256)
+    statistics = statistics_of(x)
+    magnitude = weight_magnitude(weight, 16, WHOLE)
+    errors = [
+        int4(weight * scale, 16) / scale - weight
+        for scale in candidate_scales(statistics.mean_magnitude, magnitude, ALPHAS)
+    ]
+    exact = [(x.double() @ error.double().T).square().sum().item() for error in errors]
+
+    correlations = statistics.correlations(torch.bfloat16)
+
+    losses = [correlations.energy(error * correlations.norms).item() for error in errors]
+    assert losses == pytest.approx(exact, rel=3e-4)
+    assert losses.index(min(losses)) == exact.index(min(exact))
 
 
 def test_statistics_do_not_depend_on_the_batches() -> None:
@@ -78,7 +95,7 @@ def test_statistics_of_half_precision_inputs_are_sums_of_exact_products() -> Non
 def test_without_tokens_everything_is_zero() -> None:
     statistics = InputStatistics(8, WHOLE, torch.device("cpu"))
     assert statistics.mean_magnitude.tolist() == [0.0] * 8
-    assert output_energy(weights(4, 8), statistics, WHOLE) == 0
+    assert statistics.correlations(torch.float32).energy(weights(4, 8)) == 0
 
 
 @pytest.mark.parametrize("block_size", [4, 5, 12, None])
