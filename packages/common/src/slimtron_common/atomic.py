@@ -18,7 +18,17 @@ from pathlib import Path
 
 from slimtron_common.errors import CheckpointError
 
-__all__ = ["atomic_directory", "atomic_write", "check_writable", "publish_directory"]
+__all__ = [
+    "MANIFEST_NAME",
+    "atomic_directory",
+    "atomic_write",
+    "check_writable",
+    "publish_directory",
+    "remove_directory",
+]
+
+MANIFEST_NAME = "slimtron.json"
+"""The file that tells an output of Slimtron from somebody's data."""
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -27,11 +37,12 @@ _RENAME_EXCHANGE = 2
 def check_writable(path: Path, *, overwrite: bool, required_bytes: int | None = None) -> None:
     """Checks, before any work is done, that a directory can be written at ``path``.
 
-    An empty directory that exists already is as good as none.
+    An empty directory that exists already is as good as none. One with content is replaced only
+    if it has a manifest: it is then an output of Slimtron.
 
     Args:
         path: Where the output directory will be.
-        overwrite: Whether a directory there may be replaced.
+        overwrite: Whether an output there may be replaced.
         required_bytes: How much will be written; the old directory is there until the end.
 
     Raises:
@@ -53,6 +64,7 @@ def check_writable(path: Path, *, overwrite: bool, required_bytes: int | None = 
         raise CheckpointError(
             "exists already", where=path, hint="give another path, or --overwrite to replace it"
         )
+    _check_replaceable(path)
     parent = path.parent
     if not parent.is_dir():
         state = "is not a directory" if parent.exists() else "does not exist"
@@ -84,7 +96,7 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         path: The directory to write; its parent exists.
-        overwrite: Whether a directory with content may be replaced.
+        overwrite: Whether an output of Slimtron may be replaced.
 
     Yields:
         The temporary directory, empty, on the file system of ``path``.
@@ -115,7 +127,7 @@ def publish_directory(source: Path, path: Path, *, overwrite: bool = False) -> N
     Args:
         source: The directory, on the file system of ``path``.
         path: Its new name; its parent exists.
-        overwrite: Whether a directory with content may be replaced.
+        overwrite: Whether an output of Slimtron may be replaced.
 
     Raises:
         CheckpointError: As `check_writable`.
@@ -147,6 +159,27 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _flush(path.parent)
+
+
+def remove_directory(path: Path) -> None:
+    """Deletes a directory; a process that is killed meanwhile leaves it whole, or a hidden sibling.
+
+    The next `atomic_directory` for the same path removes that sibling.
+    """
+    path = path.resolve()
+    doomed = _sibling(path, "tmp")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _check_replaceable(path: Path) -> None:
+    if path.exists() and any(path.iterdir()) and not (path / MANIFEST_NAME).is_file():
+        raise CheckpointError(
+            "is no output of Slimtron, and is not replaced",
+            where=path,
+            found=f"no {MANIFEST_NAME}",
+            hint="give another path, or remove it yourself",
+        )
 
 
 def _sibling(path: Path, role: str) -> Path:
@@ -197,6 +230,7 @@ def _move_into_place(source: Path, path: Path, *, overwrite: bool, exchange: boo
             raise
         if not overwrite:
             raise CheckpointError("was created by someone else meanwhile", where=path) from error
+        _check_replaceable(path)
         if not (exchange and _exchange(source, path)):
             old = _sibling(path, "old")
             path.rename(old)

@@ -14,8 +14,9 @@ from slimtron_common.atomic import check_writable
 from slimtron_common.checkpoint import Checkpoint, open_checkpoint, parse_spec
 from slimtron_common.checkpoint.huggingface import write_huggingface
 from slimtron_common.checkpoint.megatron import write_megatron
-from slimtron_common.checkpoint.writer import collective_directory
+from slimtron_common.checkpoint.writer import MAX_SHARD_BYTES, collective_directory
 from slimtron_common.errors import ConfigError, VerificationError
+from slimtron_common.memory import check_memory, shard_parameters
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import (
     ParallelConfig,
@@ -121,7 +122,7 @@ def plan_conversion(
     check_writable(
         path, overwrite=overwrite, required_bytes=checkpoint.num_parameters * written.itemsize
     )
-    return ConversionPlan(
+    plan = ConversionPlan(
         source=checkpoint,
         kind=kind,
         path=path,
@@ -130,6 +131,8 @@ def plan_conversion(
         parallel=parallel,
         overwrite=overwrite,
     )
+    _check_memory(plan)
+    return plan
 
 
 def convert(plan: ConversionPlan) -> Conversion:
@@ -173,10 +176,37 @@ def convert(plan: ConversionPlan) -> Conversion:
         )
 
 
+def _check_memory(plan: ConversionPlan) -> None:
+    parameters = shard_parameters(plan.source, plan.parallel)
+    original = parameters * plan.source.dtype.itemsize if _rounds(plan) else 0
+    written = parameters * plan.dtype.itemsize
+    # Megatron-Core's writers get a copy of every process's part. Of Hugging Face's files one at a
+    # time is in memory, in one of the tensor-parallel processes.
+    copy = written
+    if plan.kind == "hf":
+        copy = min(written, MAX_SHARD_BYTES / plan.parallel.tensor_parallel_size)
+    files = "what is being written"
+    if plan.device == "cuda":
+        check_memory(
+            {"weights": max(original, written)}, "cuda", hint="raise --tp or --pp, or --device cpu"
+        )
+        steps = [{files: copy}]
+    else:
+        # The model in the source's type is gone when the one to be written loads.
+        steps = [{"weights": original}, {"weights": written, files: copy}]
+    for parts in steps:
+        check_memory(parts, "cpu", hint="free memory, or raise --tp or --pp over more hosts")
+
+
+def _rounds(plan: ConversionPlan) -> bool:
+    """Whether the written type does not hold every number of the source's."""
+    return torch.promote_types(plan.source.dtype, plan.dtype) != plan.dtype
+
+
 @torch.no_grad()
 def _rounding(plan: ConversionPlan, context: ParallelContext) -> float:
     source = plan.source
-    if torch.promote_types(source.dtype, plan.dtype) == plan.dtype:
+    if not _rounds(plan):
         return 0.0
     # In the source's arithmetic, so that it is the weights' rounding alone.
     model = _load(source, context, source.dtype)

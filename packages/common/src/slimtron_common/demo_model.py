@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimtron_common.atomic import atomic_directory, check_writable
 from slimtron_common.errors import MissingDependencyError, UnsupportedModelError
+from slimtron_common.manifest import write_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +80,8 @@ def write_demo_model(directory: str | Path, *, overwrite: bool = False) -> Path:
 
     Args:
         directory: Where to write ``config.json``, ``generation_config.json``,
-            ``model.safetensors``, ``tokenizer.json`` and ``tokenizer_config.json``.
+            ``model.safetensors``, ``tokenizer.json``, ``tokenizer_config.json`` and
+            ``slimtron.json``.
         overwrite: Replace what is there.
 
     Returns:
@@ -123,6 +125,7 @@ def write_demo_model(directory: str | Path, *, overwrite: bool = False) -> Path:
         token_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         _write_json(temporary / "generation_config.json", {key: config[key] for key in token_ids})
         _write_tokenizer(temporary, reader, config)
+        write_manifest(temporary, kind="hf", config={}, metrics={}, seed=None)
     return directory
 
 

@@ -27,6 +27,8 @@ __all__ = ["Inspection", "inspect_checkpoint"]
 _COMPONENTS = {
     "embed_tokens": "embedding",
     "self_attn": "attention",
+    "experts": "experts",
+    "gate": "router",
     "mlp": "mlp",
     "lm_head": "output",
 }
@@ -53,7 +55,8 @@ class Inspection:
     path: str
     architecture: Architecture
     parameters: dict[str, int]
-    """Parameters of the model by component: embedding, attention, mlp, norms, output."""
+    """Parameters of the model by component: embedding, attention, mlp (or router and experts),
+    norms, output."""
 
     weight_bytes: int
     """Bytes that the weights take on disk."""
@@ -69,6 +72,7 @@ class Inspection:
 
     tensor_parallel_sizes: list[int]
     pipeline_parallel_sizes: list[int]
+    expert_parallel_sizes: list[int]
     manifest: Manifest | None
     """What Slimtron noted when it wrote the directory."""
 
@@ -121,6 +125,7 @@ def inspect_checkpoint(spec: str) -> Inspection:
         tokenizer=has_tokenizer(path),
         tensor_parallel_sizes=architecture.tensor_parallel_sizes,
         pipeline_parallel_sizes=architecture.pipeline_parallel_sizes,
+        expert_parallel_sizes=architecture.expert_parallel_sizes,
         manifest=read_manifest(path) if (path / MANIFEST_NAME).is_file() else None,
     )
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from slimtron_common.atomic import atomic_write
+from slimtron_common.atomic import MANIFEST_NAME, atomic_write
 from slimtron_common.errors import CheckpointError
 from slimtron_common.integrations.versions import installed_versions
 
@@ -25,8 +25,6 @@ __all__ = [
     "verify_manifest",
     "write_manifest",
 ]
-
-MANIFEST_NAME = "slimtron.json"
 
 _FORMAT = 1
 _DISTRIBUTIONS = (

@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from slimtron_common.atomic import atomic_write
+from slimtron_common.atomic import atomic_directory, remove_directory
 from slimtron_common.checkpoint.base import read_json
 from slimtron_common.checkpoint.writer import collective_directory
 from slimtron_common.errors import CheckpointError, ConfigError
@@ -45,11 +44,12 @@ def check_resumable(
         overwrite: Whether an earlier run's stages may be thrown away.
 
     Raises:
-        CheckpointError: An unfinished run is there and neither flag was given.
+        CheckpointError: An unfinished run is there and neither flag was given, or something is
+            there that no run left.
         ConfigError: The unfinished run had another config or input.
     """
     path = work_path(output)
-    if not path.exists() or (overwrite and not resume):
+    if not _holds_run(path) or (overwrite and not resume):
         return
     if not resume:
         raise CheckpointError(
@@ -89,11 +89,12 @@ class WorkDir:
         self.path = work_path(output)
         self._context = context
         if context.is_main:
-            if self.path.exists() and not resume:
-                shutil.rmtree(self.path)
-            self.path.mkdir(exist_ok=True)
-            if not (self.path / IDENTITY_NAME).exists():
-                atomic_write(self.path / IDENTITY_NAME, json.dumps(identity, indent=2))
+            if _holds_run(self.path) and not resume:
+                remove_directory(self.path)
+            if not _holds_run(self.path):
+                with atomic_directory(self.path) as directory:
+                    text = json.dumps(identity, indent=2)
+                    (directory / IDENTITY_NAME).write_text(text, encoding="utf-8")
         context.barrier()
 
     def has(self, stage: str) -> bool:
@@ -123,7 +124,7 @@ class WorkDir:
         """Deletes the stages, the job being over."""
         self._context.barrier()
         if self._context.is_main:
-            shutil.rmtree(self.path)
+            remove_directory(self.path)
 
 
 class Stage:
@@ -134,6 +135,24 @@ class Stage:
         """Where its files go; shared by all processes."""
         self.result: dict[str, Any] | None = None
         """A JSON object to keep with it; the main process's counts."""
+
+
+def _holds_run(path: Path) -> bool:
+    """Whether a run is there; an empty directory is as good as none.
+
+    Raises:
+        CheckpointError: Something else is there.
+    """
+    if (path / IDENTITY_NAME).is_file():
+        return True
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise CheckpointError(
+            "is in the way of the stages, and no run left it",
+            where=path,
+            found=f"no {IDENTITY_NAME}",
+            hint="give another output, or remove it yourself",
+        )
+    return False
 
 
 def _differences(before: Any, now: Any, path: str) -> Iterator[str]:

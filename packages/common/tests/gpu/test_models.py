@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from slimtron_common.checkpoint import open_checkpoint, save_huggingface
+from slimtron_common.models.families import FAMILIES
 from slimtron_common.models.megatron import build_model, transformer_engine_available
 from slimtron_common.parallel import ParallelContext, forward_only, initialize_parallel
 from slimtron_common.testing import write_tiny_model
@@ -37,7 +38,7 @@ def _logits(model: torch.nn.Module, tokens: torch.Tensor, context: ParallelConte
     return found[0]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_tiny_models(
     family: str, layer_spec: str, context: ParallelContext, tmp_path: Path
 ) -> None:

@@ -11,10 +11,12 @@ import pytest
 
 from slimtron_common import atomic
 from slimtron_common.atomic import (
+    MANIFEST_NAME,
     atomic_directory,
     atomic_write,
     check_writable,
     publish_directory,
+    remove_directory,
 )
 from slimtron_common.errors import CheckpointError
 
@@ -25,7 +27,9 @@ SWAPS = [
 
 
 def write(directory: Path, content: str) -> None:
+    """Writes a directory that passes for an output of Slimtron."""
     (directory / "deep").mkdir()
+    (directory / MANIFEST_NAME).write_text(content)
     (directory / "a.txt").write_text(content)
     (directory / "deep" / "b.txt").write_text(content)
 
@@ -39,7 +43,7 @@ def contents(directory: Path) -> dict[str, str]:
 
 
 def whole(content: str) -> dict[str, str]:
-    return {"a.txt": content, "deep/b.txt": content}
+    return {"a.txt": content, "deep/b.txt": content, MANIFEST_NAME: content}
 
 
 @pytest.fixture
@@ -70,10 +74,11 @@ def test_overwriting_replaces_everything(
     if not exchange:
         monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
     target.mkdir()
+    write(target, "old")
     (target / "stale.txt").write_text("old")
     with atomic_directory(target, overwrite=True) as temporary:
         write(temporary, "new")
-        assert contents(target) == {"stale.txt": "old"}
+        assert contents(target) == {**whole("old"), "stale.txt": "old"}
     assert contents(target) == whole("new")
     assert os.listdir(target.parent) == ["out"]
 
@@ -115,6 +120,19 @@ def test_a_directory_made_meanwhile_is_not_replaced(target: Path) -> None:
     with pytest.raises(CheckpointError, match="meanwhile"):
         work()
     assert contents(target) == whole("theirs")
+
+
+def test_somebody_elses_directory_made_meanwhile_is_not_replaced(target: Path) -> None:
+    def work() -> None:
+        with atomic_directory(target, overwrite=True) as temporary:
+            write(temporary, "new")
+            target.mkdir()
+            (target / "thesis.tex").write_text("theirs")
+
+    with pytest.raises(CheckpointError, match="no output of Slimtron"):
+        work()
+    assert contents(target) == {"thesis.tex": "theirs"}
+    assert os.listdir(target.parent) == ["out"]
 
 
 def test_a_symbolic_link_stays_one(target: Path, tmp_path: Path) -> None:
@@ -166,11 +184,15 @@ CHILD = """
 WRITE = """
     with atomic.atomic_directory(target, overwrite=True) as temporary:
         (temporary / "deep").mkdir()
+        (temporary / "slimtron.json").write_text("new")
         (temporary / "a.txt").write_text("new")
         (temporary / "deep" / "b.txt").write_text("new")
 """
 PUBLISH = """
     atomic.publish_directory(target.with_name("work") / "export", target, overwrite=True)
+"""
+REMOVE = """
+    atomic.remove_directory(target)
 """
 
 
@@ -243,6 +265,45 @@ def test_a_kill_at_any_step_of_publishing_leaves_the_new_directory_somewhere(
         spot += 1
     assert spot > 5
     assert sorted(os.listdir(target.parent)) == ["out", "work"]
+
+
+def test_a_kill_at_any_step_of_removing_leaves_all_or_nothing(tmp_path: Path) -> None:
+    spot = 1
+    while True:
+        target = tmp_path / f"{spot}" / "out"
+        target.mkdir(parents=True)
+        write(target, "old")
+        killed = run_killed(target, spot, REMOVE)
+        if target.exists():
+            assert contents(target) == whole("old")
+            remove_directory(target)
+        with atomic_directory(target):
+            assert len(os.listdir(target.parent)) == 1
+        if not killed:
+            break
+        spot += 1
+    assert spot > 5
+
+
+def test_somebody_elses_directory_is_not_replaced(target: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    write(work, "new")
+    target.mkdir()
+    (target / "thesis.tex").write_text("theirs")
+    with pytest.raises(CheckpointError, match="no output of Slimtron") as caught:
+        check_writable(target, overwrite=True)
+    assert caught.value.found == "no slimtron.json"
+    with (
+        pytest.raises(CheckpointError, match="no output of Slimtron"),
+        atomic_directory(target, overwrite=True),
+    ):
+        pytest.fail("the block must not start")
+    with pytest.raises(CheckpointError, match="no output of Slimtron"):
+        publish_directory(work, target, overwrite=True)
+    assert contents(target) == {"thesis.tex": "theirs"}
+    assert contents(work) == whole("new")
+    assert sorted(os.listdir(tmp_path)) == ["out", "work"]
 
 
 def test_publishing_does_not_overwrite_unasked(target: Path, tmp_path: Path) -> None:

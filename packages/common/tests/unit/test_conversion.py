@@ -10,7 +10,7 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 
-from slimtron_common import conversion
+from slimtron_common import conversion, memory
 from slimtron_common.checkpoint import open_checkpoint
 from slimtron_common.conversion import convert, plan_conversion
 from slimtron_common.errors import (
@@ -98,13 +98,13 @@ def test_files_that_compute_something_else_are_not_kept(
     monkeypatch.setattr(conversion, "write_huggingface", write_wrongly)
     target = tmp_path / "out"
     target.mkdir()
-    (target / "old").touch()
+    (target / "slimtron.json").touch()
     plan = plan_conversion(f"hf:{source}", f"hf:{target}", dtype="bfloat16", overwrite=True)
     with pytest.raises(VerificationError, match="other logits") as caught:
         convert(plan)
     assert "a difference of" in str(caught.value.found)
     assert caught.value.exit_code == 1
-    assert [file.name for file in target.iterdir()] == ["old"]
+    assert [file.name for file in target.iterdir()] == ["slimtron.json"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "source"]
     assert not dist.is_initialized()
 
@@ -128,6 +128,9 @@ def test_output_appears_in_place_of_the_old_one(source: Path, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="exists already") as caught:
         plan_conversion(f"hf:{source}", f"hf:{target}", dtype="bfloat16")
     assert "--overwrite" in str(caught.value.hint)
+    with pytest.raises(CheckpointError, match="no output of Slimtron"):
+        plan_conversion(f"hf:{source}", f"hf:{target}", dtype="bfloat16", overwrite=True)
+    (target / "slimtron.json").touch()
     convert(plan_conversion(f"hf:{source}", f"hf:{target}", dtype="bfloat16", overwrite=True))
     assert not (target / "old").exists()
     assert open_checkpoint(f"hf:{target}").dtype is torch.bfloat16
@@ -174,6 +177,38 @@ def test_full_disk_is_refused_first(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match="too little space"):
         plan_conversion(f"hf:{source}", f"megatron:{tmp_path / 'out'}")
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "weights"),
+    [
+        # The model and what is being written of it.
+        ("megatron", "float32", 2 * 4),
+        ("hf", "bfloat16", 2 * 2),
+        # The source's own type, to measure the rounding, is not held beside the written one.
+        ("megatron", "bfloat16", 2 * 2),
+    ],
+)
+def test_memory_that_is_too_small_is_refused_first(
+    target: str,
+    dtype: str,
+    weights: int,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parameters = open_checkpoint(f"hf:{source}").num_parameters
+    needed = round(1.1 * weights * parameters)
+    arguments = (f"hf:{source}", f"{target}:{tmp_path / 'out'}")
+    monkeypatch.setattr(memory, "available_memory", lambda device: needed)
+    plan_conversion(*arguments, dtype=dtype)
+    monkeypatch.setattr(memory, "available_memory", lambda device: needed - 1)
+    with pytest.raises(ParallelismError, match="does not fit into the memory"):
+        plan_conversion(*arguments, dtype=dtype)
+    # Half a model in each process.
+    halves = ParallelConfig(tensor_parallel_size=2)
+    plan_conversion(*arguments, dtype=dtype, parallel=halves, world_size=2)
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ def test_files(demo_model: Path) -> None:
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "slimtron.json",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
@@ -167,6 +168,9 @@ def test_command(gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert demo_model(str(directory)) == 2
     assert "exists already" in capsys.readouterr().err
     assert [path.name for path in directory.iterdir()] == ["mine"]
+    assert demo_model(str(directory), "--overwrite") == 2
+    assert "no output of Slimtron" in capsys.readouterr().err
+    (directory / "slimtron.json").touch()
     assert demo_model(str(directory), "--overwrite") == 0
     assert capsys.readouterr().out == f"{directory}  260 MiB\n"
     assert json.loads((directory / "config.json").read_text())["model_type"] == "llama"

@@ -147,6 +147,42 @@ def test_damaged_identity_is_refused(output: Path, context: ParallelContext) -> 
         check_resumable(output, IDENTITY, resume=True, overwrite=False)
 
 
+@pytest.mark.parametrize(("resume", "overwrite"), [(True, False), (False, True), (False, False)])
+def test_somebody_elses_directory_is_refused(
+    resume: bool, overwrite: bool, output: Path, context: ParallelContext
+) -> None:
+    path = work_path(output)
+    path.mkdir()
+    check_resumable(output, IDENTITY, resume=resume, overwrite=overwrite)
+    (path / "thesis.tex").touch()
+    with pytest.raises(CheckpointError, match="no run left it") as caught:
+        check_resumable(output, IDENTITY, resume=resume, overwrite=overwrite)
+    assert "another output" in str(caught.value.hint)
+    with pytest.raises(CheckpointError, match="no run left it"):
+        WorkDir(output, IDENTITY, context, resume=resume)
+    assert [file.name for file in path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_start_that_fails_leaves_no_half_run(
+    exists: bool, output: Path, context: ParallelContext
+) -> None:
+    if exists:
+        WorkDir(output, IDENTITY, context, resume=False)
+    with pytest.raises(TypeError, match="JSON"):
+        WorkDir(output, {"config": object()}, context, resume=False)
+    assert list(output.parent.iterdir()) == []
+    check_resumable(output, IDENTITY, resume=True, overwrite=False)
+    WorkDir(output, IDENTITY, context, resume=True)
+
+
+def test_run_with_damaged_identity_starts_again(output: Path, context: ParallelContext) -> None:
+    (WorkDir(output, IDENTITY, context, resume=False).path / "identity.json").write_text("{")
+    check_resumable(output, IDENTITY, resume=False, overwrite=True)
+    WorkDir(output, IDENTITY, context, resume=False)
+    check_resumable(output, IDENTITY, resume=True, overwrite=False)
+
+
 def test_killed_stage_leaves_nothing_that_counts(output: Path, context: ParallelContext) -> None:
     script = textwrap.dedent(
         """

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from slimtron_common.integrations.megatron_core import import_moe_utils
+
 __all__ = ["cpu_backend", "cpu_backend_active"]
 
 _depth = 0
@@ -58,8 +60,12 @@ def _replacements() -> list[tuple[Any, str, Any]]:
     # torch.compile decorates functions of Megatron-Core at import, and inspects torch.cuda then.
     importlib.import_module("megatron.core.models.gpt")
     random = importlib.import_module("megatron.core.tensor_parallel.random")
+    moe_utils = import_moe_utils()
+    # Transformer Engine's product is for GPUs alone.
+    router = [(moe_utils, "te_general_gemm", None)] if moe_utils.te_general_gemm else []
     cpu = torch.device("cpu")
     return [
+        *router,
         (torch.cuda, "current_device", lambda: cpu),
         (torch.cuda, "current_stream", lambda *_, **__: _Stream()),
         (torch.cuda, "Stream", _Stream),
@@ -72,6 +78,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
         (random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
         (dist, "all_gather", _all_gather_of_scalars(dist.all_gather)),
+        (dist, "all_to_all_single", _all_to_all_of_lists(dist.all_to_all_single)),
     ]
 
 
@@ -89,6 +96,20 @@ def _all_gather_of_scalars(all_gather: Callable[..., Any]) -> Callable[..., Any]
     return wrapped
 
 
+def _all_to_all_of_lists(all_to_all: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives torch numbers of rows as lists: Megatron-Core converts them from CUDA tensors alone."""
+
+    def wrapped(output: torch.Tensor, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        args = tuple(_as_list(arg) for arg in args)
+        return all_to_all(output, tensor, *args, **{k: _as_list(v) for k, v in kwargs.items()})
+
+    return wrapped
+
+
+def _as_list(value: Any) -> Any:
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
 class _Stream:
     """Stands for a CUDA stream where every operation is synchronous."""
 
@@ -97,6 +118,10 @@ class _Stream:
 
     def wait_stream(self, *_: object) -> None:
         pass
+
+    def record_event(self, *_: object) -> _Stream:
+        # All that anyone does with an event here is to wait for it.
+        return self
 
     def synchronize(self) -> None:
         pass

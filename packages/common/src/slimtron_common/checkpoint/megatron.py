@@ -20,6 +20,7 @@ from slimtron_common.checkpoint.huggingface import write_json
 from slimtron_common.checkpoint.metadata import check_metadata, refuse_code
 from slimtron_common.checkpoint.writer import collective_directory, copy_files
 from slimtron_common.errors import CheckpointError
+from slimtron_common.integrations.megatron_core import load_sharded
 from slimtron_common.manifest import write_manifest
 from slimtron_common.models.architecture import Architecture
 from slimtron_common.models.huggingface import config_from_architecture
@@ -62,7 +63,6 @@ class MegatronCheckpoint(Checkpoint):
         return sum(file.stat().st_size for file in self.weights.rglob("*") if file.is_file())
 
     def load(self, model: nn.Module, context: ParallelContext) -> None:
-        from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.core import CheckpointingException
 
         model = unwrap_model(model)
@@ -70,7 +70,7 @@ class MegatronCheckpoint(Checkpoint):
             with refuse_code(), warnings.catch_warnings():
                 # Megatron-Core reads by functions that torch is about to rename.
                 warnings.simplefilter("ignore", FutureWarning)
-                state = dist_checkpointing.load(_sharded_weights(model), str(self.weights))
+                state = load_sharded(_sharded_weights(model), self.weights)
         except (
             CheckpointingException,
             CheckpointException,

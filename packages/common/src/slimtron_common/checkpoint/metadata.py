@@ -25,6 +25,8 @@ _ALLOWED = {
     "builtins": {"dict", "list", "set", "tuple", "slice", "int", "str"},
     "collections": {"OrderedDict", "defaultdict"},
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    # Where Python 3.13 says that these are.
+    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
     "torch": {"Size", "device"},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.metadata": {

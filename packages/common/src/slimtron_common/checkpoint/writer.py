@@ -42,14 +42,14 @@ def collective_directory(
         shared: list[object] = [None]
         if context.is_main:
             try:
-                shared = [stack.enter_context(atomic_directory(path, overwrite=overwrite))]
+                # A string: not every version of Python unpickles the Path of another.
+                shared = [str(stack.enter_context(atomic_directory(path, overwrite=overwrite)))]
             except Exception as error:
                 shared = [error]
         dist.broadcast_object_list(shared, src=0)
         if isinstance(shared[0], Exception):
             raise shared[0]
-        assert isinstance(shared[0], Path)
-        yield shared[0]
+        yield Path(str(shared[0]))
         dist.barrier()
     # The rename is over before anybody looks for the result.
     dist.barrier()

@@ -51,6 +51,11 @@ def _print(inspection: Inspection) -> None:
     rows = [
         ("architecture", f"{a.family}, {a.num_layers} layers"),
         ("hidden size", f"{a.hidden_size}, feed-forward {a.ffn_hidden_size}"),
+        *(
+            [("experts", f"{a.moe.num_experts}, {a.moe.experts_per_token} a token")]
+            if a.moe
+            else []
+        ),
         (
             "attention",
             f"{a.num_attention_heads} heads of {a.head_dim}, {a.num_query_groups} key/value heads",
@@ -71,6 +76,11 @@ def _print(inspection: Inspection) -> None:
         ("tokenizer", "present" if inspection.tokenizer else "absent"),
         ("tensor-parallel sizes", ", ".join(map(str, inspection.tensor_parallel_sizes))),
         ("pipeline sizes", ", ".join(map(str, inspection.pipeline_parallel_sizes))),
+        *(
+            [("expert-parallel sizes", ", ".join(map(str, inspection.expert_parallel_sizes)))]
+            if a.moe
+            else []
+        ),
         ("written by", _origin(inspection.manifest)),
     ]
     title = f"{inspection.kind}:{inspection.path}"
@@ -86,6 +96,8 @@ def _print(inspection: Inspection) -> None:
 def _positions(architecture: Architecture) -> str:
     a = architecture
     parts = [f"{a.max_position_embeddings}", f"RoPE base {a.rotary_base:g}"]
+    if a.rotary_fraction != 1:
+        parts.append(f"on {a.rotary_fraction:.0%} of each head")
     if a.rotary_scaling_factor is not None:
         parts.append(f"Llama 3 scaling by {a.rotary_scaling_factor:g}")
     if a.rotary_interpolation is not None:

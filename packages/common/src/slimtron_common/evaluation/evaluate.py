@@ -141,4 +141,4 @@ def _measured(accumulator: MetricAccumulator, name: str) -> float:
 
 def rank_key(context: ParallelContext) -> str:
     """Names the shard of recorded logits that belongs to this process."""
-    return f"tp{context.tp_rank}-dp{context.dp_rank}"
+    return f"tp{context.tp_rank}-cp{context.cp_rank}-dp{context.dp_rank}"

@@ -48,7 +48,7 @@ class ReferenceWriter:
 
     Args:
         directory: Where the recording goes; created if missing.
-        rank_key: Names this process's shard (``tp0-dp1``); unique among the processes.
+        rank_key: Names this process's shard (``tp0-cp0-dp1``); unique among the processes.
 
     Raises:
         CheckpointError: The disk is full or cannot be written.

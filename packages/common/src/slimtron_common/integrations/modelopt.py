@@ -8,15 +8,30 @@ module globals: everything that crosses this module is a deep copy.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from slimtron_common.errors import ConfigError, MissingDependencyError
 
-__all__ = ["QuantConfig", "QuantizerEntry", "from_modelopt", "named_config", "to_modelopt"]
+__all__ = [
+    "QuantConfig",
+    "QuantizerEntry",
+    "check_attributes",
+    "config_names",
+    "from_modelopt",
+    "make_quantizer",
+    "named_config",
+    "recipe_config",
+    "recipe_names",
+    "to_modelopt",
+]
 
 Attributes = Mapping[str, Any]
 
@@ -58,7 +73,7 @@ class QuantConfig:
         return replace(self, algorithm=algorithm)
 
     def with_block_size(self, block_size: int) -> QuantConfig:
-        """Returns this config with ``block_size`` wherever blocks run along the input dimension."""
+        """Returns this config with ``block_size`` in place of every size of a block."""
         entries = (replace(e, attributes=_resized(e.attributes, block_size)) for e in self.entries)
         return replace(self, entries=tuple(entries))
 
@@ -79,6 +94,92 @@ def named_config(name: str) -> QuantConfig:
             hint="pip install --upgrade nvidia-modelopt",
         )
     return from_modelopt(config)
+
+
+def config_names() -> list[str]:
+    """Returns the names that ``named_config`` takes.
+
+    Raises:
+        MissingDependencyError: ModelOpt is absent.
+    """
+    module = _quantization()
+    return [
+        name
+        for name in sorted(vars(module))
+        if name.isupper() and "quant_cfg" in (getattr(module, name) or ())
+    ]
+
+
+def recipe_names() -> list[str]:
+    """Returns the names that ``recipe_config`` takes; none where ModelOpt has no recipe files.
+
+    Raises:
+        MissingDependencyError: ModelOpt is absent.
+    """
+    _quantization()
+    spec = find_spec("modelopt_recipes")
+    roots = [] if spec is None else [Path(p) for p in spec.submodule_search_locations or ()]
+    files = [(root, file) for root in roots for file in sorted(root.glob("*/**/ptq/*.yaml"))]
+    return [
+        file.relative_to(root).with_suffix("").as_posix()
+        for root, file in files
+        # Parts that recipes are made of, not recipes.
+        if file.relative_to(root).parts[0] != "configs" and "\nquantize:" in file.read_text("utf-8")
+    ]
+
+
+def recipe_config(name: str) -> QuantConfig:
+    """Returns the config of one of ModelOpt's recipe files for post-training quantization.
+
+    Args:
+        name: One of ``recipe_names``.
+    """
+    from modelopt.recipe import load_recipe
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        recipe = load_recipe(name)
+    return from_modelopt(_plain(recipe.quantize))
+
+
+def check_attributes(attributes: Attributes, *, where: str) -> None:
+    """Compares attributes of a quantizer with what the installed ModelOpt knows.
+
+    Raises:
+        ConfigError: One is unknown or out of range.
+        MissingDependencyError: ModelOpt is absent.
+    """
+    _quantization()
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from pydantic import ValidationError
+
+    try:
+        QuantizerAttributeConfig(**attributes)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise ConfigError(
+            "ModelOpt does not take it: " + problem["msg"].rstrip(", "),
+            where=".".join((where, *map(str, problem["loc"]))),
+            found=problem["input"],
+        ) from None
+
+
+def make_quantizer(settings: Sequence[Attributes]) -> Any:
+    """Returns a quantizer of ModelOpt's with these attributes.
+
+    Args:
+        settings: Attributes of each quantizer in sequence; none for one that is off.
+
+    Raises:
+        MissingDependencyError: ModelOpt is absent.
+    """
+    _quantization()
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
+
+    quantizers = [TensorQuantizer(QuantizerAttributeConfig(**item)) for item in settings]
+    if not quantizers:
+        return TensorQuantizer(QuantizerAttributeConfig(enable=False))
+    return quantizers[0] if len(quantizers) == 1 else SequentialQuantizer(*quantizers)
 
 
 def from_modelopt(config: Mapping[str, Any]) -> QuantConfig:
@@ -148,9 +249,14 @@ def _resized(
 
 def _resize(attributes: Attributes, block_size: int) -> Attributes:
     blocks = attributes.get("block_sizes") or {}
-    if blocks.get(-1) is None:
-        return attributes
-    return {**attributes, "block_sizes": {**blocks, -1: block_size}}
+    resized = {dim: block_size for dim, size in blocks.items() if _is_block(dim, size)}
+    return {**attributes, "block_sizes": {**blocks, **resized}} if resized else attributes
+
+
+def _is_block(dim: object, size: object) -> bool:
+    # Beside sizes by dimension there are "type" and "scale_bits"; a size of None is the whole
+    # dimension.
+    return isinstance(dim, int) and size is not None
 
 
 def _from_entry(entry: Any) -> QuantizerEntry:

@@ -4,23 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from slimtron_common.errors import ParallelismError
 
-__all__ = ["Architecture"]
+__all__ = ["Activation", "Architecture", "MixtureOfExperts", "Normalization"]
+
+Activation = Literal["swiglu", "geglu", "squared_relu"]
+"""Of a feed-forward network. The first two are gated; geglu takes tanh's approximation of GELU."""
+
+Normalization = Literal["rmsnorm", "rmsnorm1p", "layernorm1p"]
+"""``1p``: what is stored and 1 together make the weight. Only layernorm1p has a bias."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureOfExperts:
+    """Every layer's feed-forward network as one of many, chosen token by token."""
+
+    num_experts: int
+    experts_per_token: int
+    normalized: bool = True
+    """Whether the weights of a token's experts sum to 1; if not, they are the experts' shares of
+    a softmax over all experts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """A decoder-only transformer of the Llama family: RMSNorm, RoPE, grouped queries, SwiGLU."""
+    """A decoder-only transformer with RoPE and grouped queries."""
 
     family: str
-    """Hugging Face's ``model_type``: llama, mistral, qwen2 or qwen3."""
+    """Hugging Face's ``model_type``, a key of ``FAMILIES``."""
 
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    """Inner width of a feed-forward network, of each one in a mixture of experts."""
+
     num_attention_heads: int
     num_query_groups: int
     """Key/value heads; each serves ``num_attention_heads / num_query_groups`` query heads."""
@@ -38,8 +57,19 @@ class Architecture:
     rotary_interpolation: float | None = None
     """Linear position interpolation: positions are divided by this; None without."""
 
+    rotary_fraction: float = 1.0
+    """Part of each head's channels, from the first on, that is rotated."""
+
+    activation: Activation = "swiglu"
+    normalization: Normalization = "rmsnorm"
+    moe: MixtureOfExperts | None = None
+    """None for a dense model."""
+
     tied_embeddings: bool = False
     """Whether the output layer is the transposed embedding."""
+
+    scaled_embeddings: bool = False
+    """Whether embeddings are multiplied by the root of the hidden size (Gemma)."""
 
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -53,6 +83,11 @@ class Architecture:
 
     hf_extras: Mapping[str, Any] = field(default_factory=dict)
     """What else ``config.json`` said (token ids and the like), kept for writing it again."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether a feed-forward network multiplies two projections of its input."""
+        return self.activation in ("swiglu", "geglu")
 
     @property
     def query_size(self) -> int:
@@ -77,9 +112,20 @@ class Architecture:
     @property
     def pipeline_parallel_sizes(self) -> list[int]:
         """Numbers of pipeline stages that the layers can be shared out to."""
-        return [n for n in range(1, self.num_layers + 1) if self.num_layers % n == 0]
+        return _divisors(self.num_layers)
 
-    def check_parallel(self, *, tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
+    @property
+    def expert_parallel_sizes(self) -> list[int]:
+        """Numbers of processes that the experts can be shared out to; 1 for a dense model."""
+        return _divisors(self.moe.num_experts if self.moe else 1)
+
+    def check_parallel(
+        self,
+        *,
+        tensor_parallel_size: int,
+        pipeline_parallel_size: int,
+        expert_parallel_size: int = 1,
+    ) -> None:
         """Refuses a layout that this model cannot be cut into.
 
         Raises:
@@ -100,6 +146,15 @@ class Architecture:
                 found=pipeline_parallel_size,
                 allowed=", ".join(map(str, self.pipeline_parallel_sizes)),
             )
+        if expert_parallel_size not in self.expert_parallel_sizes:
+            raise ParallelismError(
+                f"expert parallelism must divide the model's {self.moe.num_experts} experts"
+                if self.moe
+                else "expert parallelism shares out experts, and this model is dense",
+                where="parallel.expert_parallel_size",
+                found=expert_parallel_size,
+                allowed=", ".join(map(str, self.expert_parallel_sizes)),
+            )
 
     @property
     def _tensor_cuts(self) -> dict[str, int]:
@@ -109,3 +164,7 @@ class Architecture:
             "key/value heads (query groups)": self.num_query_groups,
             "feed-forward channels": self.ffn_hidden_size,
         }
+
+
+def _divisors(count: int) -> list[int]:
+    return [n for n in range(1, count + 1) if count % n == 0]

@@ -7,29 +7,31 @@ from collections.abc import Mapping
 from typing import Any
 
 from slimtron_common.errors import CheckpointError, UnsupportedModelError
-from slimtron_common.models.architecture import Architecture
+from slimtron_common.models.architecture import Architecture, MixtureOfExperts
+from slimtron_common.models.families import FAMILIES, Family
 
-__all__ = ["FAMILIES", "architecture_from_config", "config_from_architecture"]
-
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-"""``model_type`` -> the class in ``architectures``."""
+__all__ = ["architecture_from_config", "config_from_architecture"]
 
 _MODELLED = frozenset(
     {
-        "architectures", "model_type", "num_hidden_layers", "hidden_size", "intermediate_size",
+        "architectures", "model_type", "num_hidden_layers", "hidden_size",
         "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
-        "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
+        "max_position_embeddings", "rope_theta", "rope_scaling",
         "rope_parameters", "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window",
-        "use_sliding_window", "max_window_layers", "layer_types", "hidden_act", "dtype",
-        "torch_dtype", "transformers_version", "pretraining_tp", "partial_rotary_factor",
-        "quantization_config",
+        "use_sliding_window", "max_window_layers", "layer_types", "hidden_act",
+        "hidden_activation", "dtype", "torch_dtype", "transformers_version", "pretraining_tp",
+        "partial_rotary_factor", "quantization_config", "num_local_experts", "num_experts",
+        "num_experts_per_tok", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers",
+        "use_bidirectional_attention",
     }
 )  # fmt: skip
+
+_ACTIVATIONS = {
+    "swiglu": ("silu", "swish"),
+    "geglu": ("gelu_pytorch_tanh",),
+    "squared_relu": ("relu2",),
+}
+"""Hugging Face's names of the functions; the first is written."""
 
 # What Megatron-Core's rotary embedding has built in for Llama 3's scaling.
 _LLAMA3_CONSTANTS = {
@@ -50,13 +52,14 @@ def architecture_from_config(config: Mapping[str, Any], *, source: str) -> Archi
         UnsupportedModelError: The architecture, or a feature of it, has no counterpart here.
         CheckpointError: A field is missing or has the wrong type.
     """
-    family, names = str(config.get("model_type")), config.get("architectures")
-    if family not in FAMILIES or names not in (None, [], [FAMILIES[family]]):
+    name, names = str(config.get("model_type")), config.get("architectures")
+    family = FAMILIES.get(name)
+    if family is None or names not in (None, [], [family.hf_class]):
         raise UnsupportedModelError(
             "this architecture cannot be opened",
             where=source,
-            found=f"model_type {family!r}, architectures {names!r}",
-            allowed=", ".join(f"{k} ({v})" for k, v in FAMILIES.items()),
+            found=f"model_type {name!r}, architectures {names!r}",
+            allowed=", ".join(f"{k} ({v.hf_class})" for k, v in FAMILIES.items()),
         )
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
@@ -66,7 +69,7 @@ def architecture_from_config(config: Mapping[str, Any], *, source: str) -> Archi
             found=f"quantization_config {method!r}",
             hint="start from the original, unquantized checkpoint",
         )
-    _refuse_features(config, source)
+    _refuse_features(config, family, source)
     heads = _integer(config, "num_attention_heads", source)
     groups = _integer(config, "num_key_value_heads", source, default=heads)
     if heads % groups:
@@ -77,24 +80,27 @@ def architecture_from_config(config: Mapping[str, Any], *, source: str) -> Archi
         )
     hidden = _integer(config, "hidden_size", source)
     layers = _integer(config, "num_hidden_layers", source)
+    own_names = {family.norm_epsilon, family.ffn_hidden_size}
     return Architecture(
-        family=family,
+        family=name,
         num_layers=layers,
         hidden_size=hidden,
-        ffn_hidden_size=_integer(config, "intermediate_size", source),
+        ffn_hidden_size=_integer(config, family.ffn_hidden_size, source),
         num_attention_heads=heads,
         num_query_groups=groups,
         head_dim=_integer(config, "head_dim", source, default=hidden // heads),
         vocab_size=_integer(config, "vocab_size", source),
         max_position_embeddings=_integer(config, "max_position_embeddings", source),
-        norm_epsilon=_number(config, "rms_norm_eps", source, default=1e-6),
-        tied_embeddings=_flag(config, "tie_word_embeddings", source),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-        sliding_window=_sliding_window(config, family, layers, source),
+        norm_epsilon=_number(config, family.norm_epsilon, source, default=1e-6),
+        moe=_mixture_of_experts(config, name, source) if family.num_experts else None,
+        tied_embeddings=_flag(
+            config, "tie_word_embeddings", source, default=family.tied_embeddings
+        ),
+        sliding_window=_sliding_window(config, name, layers, source),
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-        hf_extras={k: v for k, v in config.items() if k not in _MODELLED},
-        **_rotary(config, source),
+        hf_extras={k: v for k, v in config.items() if k not in _MODELLED | own_names},
+        **_rotary(config, family, source),
+        **family.traits,
     )
 
 
@@ -107,61 +113,106 @@ def config_from_architecture(
         architecture: The model.
         dtype: Type of the weights that are written; the architecture's own without it.
     """
-    a = architecture
+    a, family = architecture, FAMILIES[architecture.family]
     scaling: dict[str, Any] | None = None
     if a.rotary_scaling_factor is not None:
         scaling = {"rope_type": "llama3", "factor": a.rotary_scaling_factor, **_LLAMA3_CONSTANTS}
     elif a.rotary_interpolation is not None:
         scaling = {"rope_type": "linear", "factor": a.rotary_interpolation}
     config: dict[str, Any] = {
-        "architectures": [FAMILIES[a.family]],
+        "architectures": [family.hf_class],
         "model_type": a.family,
         **a.hf_extras,
         "num_hidden_layers": a.num_layers,
         "hidden_size": a.hidden_size,
-        "intermediate_size": a.ffn_hidden_size,
+        family.ffn_hidden_size: a.ffn_hidden_size,
         "num_attention_heads": a.num_attention_heads,
         "num_key_value_heads": a.num_query_groups,
         "head_dim": a.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": _ACTIVATIONS[a.activation][0],
         "vocab_size": a.vocab_size,
         "max_position_embeddings": a.max_position_embeddings,
-        "rms_norm_eps": a.norm_epsilon,
+        family.norm_epsilon: a.norm_epsilon,
         "rope_theta": a.rotary_base,
         "rope_scaling": scaling,
         "tie_word_embeddings": a.tied_embeddings,
         "torch_dtype": dtype or a.dtype,
     }
-    if a.family in ("llama", "qwen3"):
-        config["attention_bias"] = a.qkv_bias
-    if a.family == "mistral":
+    if family.rotary_fraction != 1:
+        config["partial_rotary_factor"] = a.rotary_fraction
+    if a.family not in ("qwen2", "mistral", "mixtral"):
+        config["attention_bias"] = False
+    if a.moe is not None and family.num_experts is not None:
+        config[family.num_experts] = a.moe.num_experts
+        config["num_experts_per_tok"] = a.moe.experts_per_token
+        if a.family == "qwen3_moe":
+            config.update(
+                norm_topk_prob=a.moe.normalized, decoder_sparse_step=1, mlp_only_layers=[]
+            )
+    if a.family in ("mistral", "mixtral"):
         config["sliding_window"] = a.sliding_window
-    elif a.family in ("qwen2", "qwen3"):
+    elif a.family.startswith("qwen"):
         config["use_sliding_window"] = a.sliding_window is not None
         if a.sliding_window is not None:
             config.update(sliding_window=a.sliding_window, max_window_layers=0)
     return config
 
 
-def _refuse_features(config: Mapping[str, Any], source: str) -> None:
+def _refuse_features(config: Mapping[str, Any], family: Family, source: str) -> None:
     def refuse(name: str, allowed: str) -> None:
         raise UnsupportedModelError(
             f"{name} is not supported", where=source, found=config.get(name), allowed=allowed
         )
 
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        refuse("hidden_act", "silu")
+    activations = _ACTIVATIONS[family.traits.get("activation", "swiglu")]
+    # Gemma's first configs have two fields, and the second is the one that counts.
+    field = "hidden_activation" if config.get("hidden_activation") else "hidden_act"
+    if config.get(field, activations[0]) not in activations:
+        refuse(field, activations[0])
     if config.get("mlp_bias"):
         refuse("mlp_bias", "false")
-    # In transformers' Llama and Qwen3 this also puts a bias on o_proj, which Megatron-Core can
-    # only have together with biases in the feed-forward layers. Qwen2 has no such field.
+    # In transformers this also puts a bias on o_proj, which Megatron-Core can only have together
+    # with biases in the feed-forward layers. Qwen2 has no such field.
     if config.get("attention_bias") and config["model_type"] != "qwen2":
         refuse("attention_bias", "false")
-    if config.get("partial_rotary_factor") not in (None, 1):
+    if config.get("use_bidirectional_attention"):
+        refuse("use_bidirectional_attention", "false")
+    if family.rotary_fraction == 1 and config.get("partial_rotary_factor") not in (None, 1):
         refuse("partial_rotary_factor", "1")
+    if config["model_type"] == "qwen3_moe":
+        if config.get("use_sliding_window"):
+            refuse("use_sliding_window", "false")
+        if config.get("decoder_sparse_step", 1) != 1:
+            refuse("decoder_sparse_step", "1: experts in every layer")
+        if config.get("mlp_only_layers"):
+            refuse("mlp_only_layers", "[]: experts in every layer")
 
 
-def _rotary(config: Mapping[str, Any], source: str) -> dict[str, float]:
+def _mixture_of_experts(config: Mapping[str, Any], name: str, source: str) -> MixtureOfExperts:
+    # transformers 5 writes num_local_experts for Qwen3, too.
+    field = "num_local_experts" if "num_local_experts" in config else "num_experts"
+    moe = MixtureOfExperts(
+        num_experts=_integer(config, field, source),
+        experts_per_token=_integer(config, "num_experts_per_tok", source),
+        normalized=name == "mixtral" or _flag(config, "norm_topk_prob", source),
+    )
+    if moe.experts_per_token > moe.num_experts:
+        raise CheckpointError(
+            "a token cannot go to more experts than there are",
+            where=source,
+            found=f"num_experts_per_tok {moe.experts_per_token}, {field} {moe.num_experts}",
+        )
+    if moe.experts_per_token == 1 and moe.normalized:
+        raise UnsupportedModelError(
+            "one expert a token, whose weight is always 1, is not supported",
+            where=source,
+            found="num_experts_per_tok 1",
+            allowed="2 or more, or a model with norm_topk_prob false",
+        )
+    return moe
+
+
+def _rotary(config: Mapping[str, Any], family: Family, source: str) -> dict[str, Any]:
     # transformers 5 holds base and scaling in `rope_parameters`; 4 has two fields.
     parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(parameters, Mapping):
@@ -169,20 +220,30 @@ def _rotary(config: Mapping[str, Any], source: str) -> dict[str, float]:
             "the rotary parameters must be an object", where=source, found=repr(parameters)
         )
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    base = _number({**config, **parameters}, "rope_theta", source, default=10000.0)
+    both = {**config, **parameters}
+    found = {"rotary_base": _number(both, "rope_theta", source, default=family.rotary_base)}
+    ignored = {"rope_type", "type", "rope_theta"}
+    if family.rotary_fraction != 1:
+        ignored.add("partial_rotary_factor")
+        fraction = _number(both, "partial_rotary_factor", source, default=family.rotary_fraction)
+        if fraction > 1:
+            raise CheckpointError(
+                "partial_rotary_factor must be at most 1", where=source, found=fraction
+            )
+        found["rotary_fraction"] = fraction
     settings = {
         name: value
         for name, value in parameters.items()
-        if name not in ("rope_type", "type", "rope_theta")
+        if name not in ignored
         and value is not None
         and (name, value) != ("partial_rotary_factor", 1)
     }
     if kind == "default" and settings.keys() <= {"factor", "original_max_position_embeddings"}:
-        return {"rotary_base": base}
+        return found
     if kind == "linear" and settings.keys() - {"original_max_position_embeddings"} == {"factor"}:
-        return {"rotary_base": base, "rotary_interpolation": _number(settings, "factor", source)}
+        return {**found, "rotary_interpolation": _number(settings, "factor", source)}
     if kind == "llama3" and settings == {"factor": settings.get("factor"), **_LLAMA3_CONSTANTS}:
-        return {"rotary_base": base, "rotary_scaling_factor": _number(settings, "factor", source)}
+        return {**found, "rotary_scaling_factor": _number(settings, "factor", source)}
     raise UnsupportedModelError(
         "this RoPE scaling is not what Megatron-Core computes",
         where=source,
@@ -194,8 +255,10 @@ def _rotary(config: Mapping[str, Any], source: str) -> dict[str, float]:
 def _sliding_window(
     config: Mapping[str, Any], family: str, num_layers: int, source: str
 ) -> int | None:
+    if family not in ("mistral", "mixtral", "qwen2", "qwen3"):
+        return None
     # What transformers takes for a field that is absent, not null.
-    if family == "llama" or config.get("sliding_window", 4096) is None:
+    if config.get("sliding_window", None if family == "mixtral" else 4096) is None:
         return None
     if family.startswith("qwen"):
         if not _flag(config, "use_sliding_window", source):
@@ -244,8 +307,10 @@ def _number(
     return float(value)
 
 
-def _flag(config: Mapping[str, Any], name: str, source: str) -> bool:
-    value = config.get(name) or False
+def _flag(config: Mapping[str, Any], name: str, source: str, *, default: bool = False) -> bool:
+    value = config.get(name)
+    if value is None:
+        return default
     if not isinstance(value, bool):
         raise CheckpointError(f"{name} must be true or false", where=source, found=repr(value))
     return value

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from slimtron_common.models.architecture import Architecture
+from slimtron_common.models.families import FAMILIES
 
 __all__ = ["Layout", "Parameter", "layer_parameters", "model_parameters"]
 
@@ -48,6 +49,17 @@ class OutputCut(Layout):
     @property
     def dim(self) -> int | None:
         return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Column(OutputCut):
+    """One tensor, cut along dimension 0."""
+
+    def merge(self, tensors: Sequence[torch.Tensor], tp_rank: int, tp_size: int) -> torch.Tensor:
+        return tensors[0].chunk(tp_size, 0)[tp_rank]
+
+    def split(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [torch.cat(list(shards), 0)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,28 +139,28 @@ class Parameter:
     hf_names: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
     layout: Layout
+    expert: int | None = None
+    """The expert that it belongs to, counted from 0 over all processes."""
 
 
 def model_parameters(architecture: Architecture) -> Iterator[tuple[int | None, Parameter]]:
     """Yields every parameter of the whole model with its layer (from 0; None outside layers).
 
-    Megatron-Core numbers the layers of a pipeline stage from 0: the names hold the field
-    ``{layer}`` for the local number.
+    Megatron-Core numbers the layers of a pipeline stage and the experts of a process from 0: the
+    names hold the fields ``{layer}`` and ``{expert}`` for the local numbers.
     """
     a = architecture
     shapes, vocabulary = ((a.vocab_size, a.hidden_size),), Vocabulary(a.vocab_size)
     embedding = Parameter(
         ("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), shapes, vocabulary
     )
-    norm = Parameter(
-        ("decoder.final_layernorm.weight",), ("model.norm.weight",), ((a.hidden_size,),), Layout()
-    )
     output = Parameter(("output_layer.weight",), ("lm_head.weight",), shapes, vocabulary)
     yield None, embedding
     for layer in range(a.num_layers):
         for parameter in layer_parameters(architecture, layer):
             yield layer, parameter
-    yield None, norm
+    for parameter in _norm(a, ("decoder.final_layernorm.",), "model.norm"):
+        yield None, parameter
     if not a.tied_embeddings:
         yield None, output
 
@@ -156,17 +168,16 @@ def model_parameters(architecture: Architecture) -> Iterator[tuple[int | None, P
 def layer_parameters(architecture: Architecture, layer: int) -> Iterator[Parameter]:
     """Yields the parameters of one transformer layer, ``layer`` counted from 0."""
     a = architecture
-    h, f, q, kv = a.hidden_size, a.ffn_hidden_size, a.query_size, a.key_value_size
+    h, q, kv = a.hidden_size, a.query_size, a.key_value_size
     megatron, hf = "decoder.layers.{layer}", f"model.layers.{layer}"
     attention, mlp = f"{megatron}.self_attention", f"{megatron}.mlp"
     qkv = QueryKeyValue(a.num_query_groups, a.num_attention_heads // a.num_query_groups, a.head_dim)
     qkv_names = [f"{hf}.self_attn.{x}_proj" for x in "qkv"]
 
-    yield Parameter(
-        (f"{megatron}.input_layernorm.weight", f"{attention}.linear_qkv.layer_norm_weight"),
-        (f"{hf}.input_layernorm.weight",),
-        ((h,),),
-        Layout(),
+    yield from _norm(
+        a,
+        (f"{megatron}.input_layernorm.", f"{attention}.linear_qkv.layer_norm_"),
+        f"{hf}.input_layernorm",
     )
     yield Parameter(
         (f"{attention}.linear_qkv.weight",),
@@ -195,18 +206,57 @@ def layer_parameters(architecture: Architecture, layer: int) -> Iterator[Paramet
         ((h, q),),
         Row(),
     )
+    yield from _norm(
+        a,
+        (f"{megatron}.pre_mlp_layernorm.", f"{mlp}.linear_fc1.layer_norm_"),
+        f"{hf}.post_attention_layernorm",
+    )
+    hf_mlp = f"{hf}.{FAMILIES[a.family].mlp}"
+    if a.moe is None:
+        yield from _feed_forward(a, mlp, hf_mlp)
+        return
     yield Parameter(
-        (f"{megatron}.pre_mlp_layernorm.weight", f"{mlp}.linear_fc1.layer_norm_weight"),
-        (f"{hf}.post_attention_layernorm.weight",),
-        ((h,),),
+        (f"{mlp}.router.weight",),
+        (f"{hf_mlp}.gate.weight",),
+        ((a.moe.num_experts, h),),
         Layout(),
     )
+    for expert in range(a.moe.num_experts):
+        yield from _feed_forward(
+            a,
+            f"{mlp}.experts.local_experts.{{expert}}",
+            f"{hf_mlp}.experts.{expert}",
+            expert,
+        )
+
+
+def _norm(architecture: Architecture, prefixes: tuple[str, ...], hf: str) -> Iterator[Parameter]:
+    kinds = ["weight", "bias"] if architecture.normalization == "layernorm1p" else ["weight"]
+    for kind in kinds:
+        yield Parameter(
+            tuple(f"{prefix}{kind}" for prefix in prefixes),
+            (f"{hf}.{kind}",),
+            ((architecture.hidden_size,),),
+            Layout(),
+        )
+
+
+def _feed_forward(
+    architecture: Architecture, megatron: str, hf: str, expert: int | None = None
+) -> Iterator[Parameter]:
+    family = FAMILIES[architecture.family]
+    h, f = architecture.hidden_size, architecture.ffn_hidden_size
     yield Parameter(
-        (f"{mlp}.linear_fc1.weight",),
-        (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight"),
-        ((f, h), (f, h)),
-        Gated(),
+        (f"{megatron}.linear_fc1.weight",),
+        tuple(f"{hf}.{name}.weight" for name in family.up),
+        ((f, h),) * len(family.up),
+        Gated() if architecture.gated else Column(),
+        expert,
     )
     yield Parameter(
-        (f"{mlp}.linear_fc2.weight",), (f"{hf}.mlp.down_proj.weight",), ((h, f),), Row()
+        (f"{megatron}.linear_fc2.weight",),
+        (f"{hf}.{family.down}.weight",),
+        ((h, f),),
+        Row(),
+        expert,
     )

@@ -6,19 +6,19 @@ import contextlib
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from slimtron_common.errors import (
-    MissingDependencyError,
-    ParallelismError,
-    UnsupportedModelError,
-)
-from slimtron_common.models.architecture import Architecture
+from slimtron_common.errors import MissingDependencyError, ParallelismError
+from slimtron_common.integrations.megatron_core import import_moe_utils
+from slimtron_common.models.adjustments import scale_embeddings, weight_expert_outputs
+from slimtron_common.models.architecture import Activation, Architecture
+from slimtron_common.models.norms import NORMS
+from slimtron_common.models.recognition import architecture_of
 from slimtron_common.parallel.context import ParallelContext
 
 __all__ = [
@@ -30,6 +30,23 @@ __all__ = [
 ]
 
 LayerSpec = Literal["auto", "local", "transformer_engine"]
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU by tanh's approximation."""
+    return F.gelu(x, approximate="tanh")
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """Square of ReLU; Megatron-Core's own needs a compiler."""
+    return F.relu(x).square()
+
+
+_ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "swiglu": F.silu,
+    "geglu": gelu_tanh,
+    "squared_relu": squared_relu,
+}
 
 
 def transformer_engine_available() -> bool:
@@ -63,10 +80,14 @@ def build_model(
     from megatron.core.models.gpt import GPTModel
 
     architecture.check_parallel(
-        tensor_parallel_size=context.tp_size, pipeline_parallel_size=context.pp_size
+        tensor_parallel_size=context.tp_size,
+        pipeline_parallel_size=context.pp_size,
+        expert_parallel_size=context.ep_size,
     )
     use_te = _use_transformer_engine(layer_spec, context)
     config = transformer_config(architecture, context, dtype=dtype)
+    if architecture.moe:
+        import_moe_utils()
     with _quiet_construction():
         model = GPTModel(
             config=config,
@@ -78,73 +99,18 @@ def build_model(
             parallel_output=True,
             share_embeddings_and_output_weights=architecture.tied_embeddings,
             position_embedding_type="rope",
+            rotary_percent=architecture.rotary_fraction,
             rotary_base=_rotary_base(architecture),
             rope_scaling=architecture.rotary_scaling_factor is not None,
             rope_scaling_factor=architecture.rotary_scaling_factor or 8.0,
             seq_len_interpolation_factor=architecture.rotary_interpolation,
         )
+    if architecture.scaled_embeddings and context.is_first_stage:
+        scale_embeddings(model.embedding)
+    weight_expert_outputs(model)
     model.requires_grad_(False)
     built: nn.Module = model.eval().to(context.device)
     return built
-
-
-def architecture_of(model: Any) -> Architecture:
-    """Reads the architecture off a model that somebody else built.
-
-    Args:
-        model: A bare ``GPTModel``.
-
-    Raises:
-        UnsupportedModelError: The model is not of the Llama family.
-    """
-    config = model.config
-    qk_norm, qkv_bias = bool(config.qk_layernorm), bool(config.add_qkv_bias)
-    differences = [
-        f"{name} {found!r}"
-        for name, wanted, found in (
-            ("normalization", "RMSNorm", config.normalization),
-            ("gated_linear_unit", True, config.gated_linear_unit),
-            ("activation_func", F.silu, config.activation_func),
-            ("add_bias_linear", False, config.add_bias_linear),
-            ("num_moe_experts", None, config.num_moe_experts),
-            ("multi_latent_attention", False, config.multi_latent_attention),
-            ("position_embedding_type", "rope", model.position_embedding_type),
-            ("rotary_interleaved", False, config.rotary_interleaved),
-            ("layernorm_zero_centered_gamma", False, config.layernorm_zero_centered_gamma),
-            ("qk_layernorm with add_qkv_bias", False, qk_norm and qkv_bias),
-        )
-        if found != wanted
-    ]
-    if differences:
-        raise UnsupportedModelError(
-            "the model is not of the Llama family",
-            found=", ".join(differences),
-            allowed="RMSNorm, SwiGLU, RoPE, no biases but in QKV, dense layers",
-        )
-    rotary = getattr(model, "rotary_pos_emb", None)
-    window = None if config.window_size is None else config.window_size[0] + 1
-    # In Hugging Face's terms; Mistral is a Llama with a window.
-    plain = "llama" if window is None else "mistral"
-    return Architecture(
-        family="qwen3" if qk_norm else "qwen2" if qkv_bias else plain,
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.ffn_hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_query_groups or config.num_attention_heads,
-        head_dim=config.kv_channels,
-        vocab_size=model.vocab_size,
-        max_position_embeddings=model.max_sequence_length,
-        norm_epsilon=config.layernorm_epsilon,
-        rotary_base=float(model.rotary_base),
-        rotary_scaling_factor=_rotary_scaling_factor(model),
-        rotary_interpolation=getattr(rotary, "seq_len_interpolation_factor", None),
-        tied_embeddings=model.share_embeddings_and_output_weights,
-        qkv_bias=qkv_bias,
-        qk_norm=qk_norm,
-        sliding_window=window,
-        dtype=str(config.params_dtype).removeprefix("torch."),
-    )
 
 
 def transformer_config(
@@ -158,6 +124,22 @@ def transformer_config(
     from megatron.core.transformer import TransformerConfig
 
     a = architecture
+    moe: dict[str, Any] = {}
+    if a.moe:
+        moe = {
+            "num_moe_experts": a.moe.num_experts,
+            "moe_router_topk": a.moe.experts_per_token,
+            "moe_ffn_hidden_size": a.ffn_hidden_size,
+            # Softmax, then the choice; otherwise a softmax over the chosen, which sums to 1.
+            "moe_router_pre_softmax": not a.moe.normalized,
+            # Rounded logits would tie, and the layout of the processes decide.
+            "moe_router_dtype": "fp32",
+            "moe_router_load_balancing_type": "none",
+            # Unlike allgather, the processes need not hold batches of one size.
+            "moe_token_dispatcher_type": "alltoall",
+            # One module an expert, which quantizers see.
+            "moe_grouped_gemm": False,
+        }
     window = None if a.sliding_window is None else (a.sliding_window - 1, 0)
     return TransformerConfig(
         num_layers=a.num_layers,
@@ -166,13 +148,14 @@ def transformer_config(
         num_attention_heads=a.num_attention_heads,
         num_query_groups=a.num_query_groups,
         kv_channels=a.head_dim,
-        normalization="RMSNorm",
+        normalization="LayerNorm" if a.normalization == "layernorm1p" else "RMSNorm",
+        layernorm_zero_centered_gamma=a.normalization.endswith("1p"),
         layernorm_epsilon=a.norm_epsilon,
         qk_layernorm=a.qk_norm,
         add_bias_linear=False,
         add_qkv_bias=a.qkv_bias,
-        gated_linear_unit=True,
-        activation_func=F.silu,
+        gated_linear_unit=a.gated,
+        activation_func=_ACTIVATIONS[a.activation],
         window_size=window,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -193,17 +176,8 @@ def transformer_config(
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        **moe,
     )
-
-
-def _rotary_scaling_factor(model: Any) -> float | None:
-    # Megatron-Core does not keep the factor; Llama 3's scaling divides the lowest frequency by it.
-    if not model.rotary_scaling:
-        return None
-    dim = model.config.kv_channels
-    unscaled: float = float(model.rotary_base) ** (-(dim - 2) / dim)
-    lowest = float(model.rotary_pos_emb.inv_freq[-1])
-    return round(unscaled / lowest, 3)
 
 
 def _rotary_base(architecture: Architecture) -> float | int:
@@ -242,32 +216,26 @@ def _block_spec(architecture: Architecture, config: Any, use_te: bool) -> Any:
         get_num_layers_to_build,
     )
 
+    num_experts = architecture.moe.num_experts if architecture.moe else None
     if use_te:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=num_experts, moe_grouped_gemm=False, qk_layernorm=architecture.qk_norm
+        )
     layer = get_gpt_layer_local_spec(
-        qk_layernorm=architecture.qk_norm, normalization=config.normalization
+        num_experts=num_experts,
+        moe_grouped_gemm=False,
+        qk_layernorm=architecture.qk_norm,
+        normalization=config.normalization,
     )
-    # Megatron-Core's wrapper of torch's norm refuses sequence parallelism.
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
+    norm = NORMS[architecture.normalization]
+    layer.submodules.input_layernorm = norm
+    layer.submodules.pre_mlp_layernorm = norm
     if architecture.qk_norm:
-        layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
-        layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
+        layer.submodules.self_attention.submodules.q_layernorm = norm
+        layer.submodules.self_attention.submodules.k_layernorm = norm
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm
     )
-
-
-class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm under Megatron-Core's constructor, fit for sequence parallelism.
-
-    Marks its weight ``sequence_parallel``, as Transformer Engine's norm does, so that
-    Megatron sums its gradient over the tensor-parallel processes.
-    """
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -21,6 +21,9 @@ __all__ = ["Device", "ParallelContext", "initialize_parallel", "resolve_device"]
 
 Device = Literal["auto", "cpu", "cuda"]
 
+_SLURM_TASKS = "SLURM_STEP_NUM_TASKS"
+"""Set by ``srun`` alone."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelContext:
@@ -155,9 +158,16 @@ def initialize_parallel(
 
     Raises:
         ConfigError: A GPU was asked for and torch sees none.
-        ParallelismError: The layout does not fit the processes or the GPUs.
+        ParallelismError: The layout does not fit the processes or the GPUs, or Megatron's
+            model-parallel groups exist already.
     """
     config = config or ParallelConfig()
+    if parallel_state.is_initialized():
+        raise ParallelismError(
+            "Megatron's model-parallel groups exist already",
+            hint="leave the block of the earlier initialize_parallel first; inside a trainer that "
+            "made the groups, use ParallelContext.from_megatron()",
+        )
     device = resolve_device(device)
     with contextlib.ExitStack() as stack:
         if device == "cpu":
@@ -231,8 +241,24 @@ def check_world_size(config: ParallelConfig, world_size: int) -> None:
 
 
 def world_size_from_environment() -> int:
-    """The number of processes that the launcher started (1 without a launcher)."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    """The number of processes that the launcher started (1 without a launcher).
+
+    A batch script is one process, although Slurm gives it the ``SLURM_NTASKS`` of its steps.
+    """
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get(_SLURM_TASKS) or 1)
+
+
+def local_rank_from_environment() -> int:
+    """This process's number among those on its host (0 without a launcher)."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+
+
+def local_world_size_from_environment() -> int:
+    """The largest number of processes that the launcher started on one host."""
+    per_host = os.environ.get("LOCAL_WORLD_SIZE")
+    # Slurm's are "8", or "4(x2),3": four on each of two hosts, three on another.
+    per_host = per_host or os.environ.get("SLURM_STEP_TASKS_PER_NODE") or "1"
+    return max(int(count.partition("(")[0]) for count in per_host.split(","))
 
 
 def rank_from_environment() -> int:
@@ -242,20 +268,21 @@ def rank_from_environment() -> int:
 
 def _init_process_group(device: str, timeout_minutes: float) -> None:
     environment = os.environ
-    # srun starts one task a process; give torch the names it reads.
-    for name, slurm in (
-        ("RANK", "SLURM_PROCID"),
-        ("LOCAL_RANK", "SLURM_LOCALID"),
-        ("WORLD_SIZE", "SLURM_NTASKS"),
-    ):
-        if name not in environment and slurm in environment:
-            environment[name] = environment[slurm]
+    if _SLURM_TASKS in environment:
+        # srun starts one task a process; give torch the names it reads.
+        for name, slurm in (
+            ("RANK", "SLURM_PROCID"),
+            ("LOCAL_RANK", "SLURM_LOCALID"),
+            ("WORLD_SIZE", _SLURM_TASKS),
+        ):
+            if name not in environment and slurm in environment:
+                environment[name] = environment[slurm]
     world_size = int(environment.get("WORLD_SIZE", "1"))
     backend, timeout = "gloo", datetime.timedelta(minutes=timeout_minutes)
     device_id = None
     if device == "cuda":
         backend = "nccl"
-        local_rank = int(environment.get("LOCAL_RANK", "0"))
+        local_rank = local_rank_from_environment()
         if local_rank >= torch.cuda.device_count():
             raise ParallelismError(
                 "there are more processes on this host than GPUs",

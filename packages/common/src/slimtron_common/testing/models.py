@@ -12,7 +12,19 @@ _CLASSES = {
     "mistral": "Mistral",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
+    "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3Moe",
+    "gemma": "Gemma",
+    "nemotron": "Nemotron",
 }
+
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+_FIELDS: dict[str, dict[str, Any]] = {
+    "mixtral": _EXPERTS,
+    "qwen3_moe": {**_EXPERTS, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    "nemotron": {"norm_eps": 1e-5},
+}
+"""What a family's config has besides."""
 
 _SHAPE: dict[str, Any] = {
     "hidden_size": 64,
@@ -42,7 +54,7 @@ def write_tiny_model(
 
     Args:
         directory: Where to; created.
-        family: llama, mistral, qwen2 or qwen3.
+        family: Hugging Face's ``model_type``, one of ``FAMILIES``.
         dtype: Type of the weights.
         seed: Seeds them.
         tokenizer: Whether to train a byte-level tokenizer on Python's help topics, too.
@@ -55,7 +67,9 @@ def write_tiny_model(
     import transformers
 
     name = _CLASSES[family]
-    config = getattr(transformers, f"{name}Config")(**{**_SHAPE, **overrides})
+    config = getattr(transformers, f"{name}Config")(
+        **{**_SHAPE, **_FIELDS.get(family, {}), **overrides}
+    )
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
     model = getattr(transformers, f"{name}ForCausalLM")(config)

@@ -70,6 +70,7 @@ def test_streams_and_generators_are_harmless() -> None:
         with torch.cuda.stream(stream), stream:
             stream.wait_stream(torch.cuda.current_stream())
             stream.synchronize()
+            stream.record_event().synchronize()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.set_device(3)
@@ -81,7 +82,7 @@ def test_streams_and_generators_are_harmless() -> None:
     assert torch.equal(drawn, torch.rand(1))
 
 
-def test_scalars_can_be_gathered() -> None:
+def test_collectives_take_what_megatron_core_gives() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with cpu_backend():
@@ -92,6 +93,9 @@ def test_scalars_can_be_gathered() -> None:
             rows = [torch.zeros(2, 2)]
             dist.all_gather(rows, torch.ones(2, 2))
             assert rows[0].sum() == 4
+            sizes, received = torch.tensor([2]), torch.zeros(2, 2)
+            dist.all_to_all_single(received, torch.ones(2, 2), sizes, input_split_sizes=sizes)
+            assert received.sum() == 4
     finally:
         dist.destroy_process_group()
 

@@ -158,9 +158,10 @@ def test_existing_output_is_kept_unless_it_may_be_replaced(
     saved = tmp_path / "saved"
     saved.mkdir()
     (saved / "precious").touch()
+    (saved / "slimtron.json").touch()
     with pytest.raises(CheckpointError, match="exists already"):
         save_huggingface(saved, model, checkpoint.architecture, context)
-    assert [file.name for file in saved.iterdir()] == ["precious"]
+    assert sorted(file.name for file in saved.iterdir()) == ["precious", "slimtron.json"]
     save_huggingface(saved, model, checkpoint.architecture, context, overwrite=True)
     assert not (saved / "precious").exists()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["saved", "tiny"]

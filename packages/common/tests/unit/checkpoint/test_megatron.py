@@ -154,6 +154,24 @@ def test_hostile_common_state_does_not_run(
     assert not trace.exists()
 
 
+def test_common_state_may_lie_where_another_version_keeps_it(
+    saved: Path, copy: Path, context: ParallelContext
+) -> None:
+    """Up to Megatron-Core 0.16 that is ``common.pt``, since 0.19 among the weights."""
+    weights = copy / "weights"
+    if (weights / "common.pt").exists():
+        (weights / "common.pt").unlink()
+        config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    else:
+        torch.save({}, weights / "common.pt")
+        config = json.loads((weights / "metadata.json").read_text())
+        config.update(common_backend="torch", common_backend_version=1)
+    (weights / "metadata.json").write_text(json.dumps(config))
+    expected = dict(build(f"megatron:{saved}", context).named_parameters())
+    for name, parameter in build(f"megatron:{copy}", context).named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
 def _largest_file(copy: Path) -> Path:
     return max((copy / "weights").glob("*.distcp"), key=lambda file: file.stat().st_size)
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import pickle
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,18 @@ def test_index_that_torch_writes_is_accepted(tmp_path: Path) -> None:
     }
     dcp.save({**tensors, "step": 3}, checkpoint_id=tmp_path, no_dist=True)
     check_metadata(tmp_path)
+
+
+def test_index_of_python_3_13_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says that paths are of ``pathlib._local``."""
+    dcp.save({"a": torch.zeros(2)}, checkpoint_id=tmp_path, no_dist=True)
+    index = pickle.loads((tmp_path / ".metadata").read_bytes())
+    old = pickle.dumps(index, protocol=2)
+    new = old.replace(b"cpathlib\n", b"cpathlib._local\n")
+    assert b"cpathlib._local\n" in new
+    (tmp_path / ".metadata").write_bytes(new)
+    monkeypatch.setitem(sys.modules, "pathlib._local", pathlib)
+    assert check_metadata(tmp_path) == {"a": (2,)}
 
 
 @pytest.mark.parametrize(

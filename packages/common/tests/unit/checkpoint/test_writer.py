@@ -52,7 +52,7 @@ def test_error_leaves_nothing(tmp_path: Path, context: ParallelContext) -> None:
 def test_error_leaves_the_old_directory(tmp_path: Path, context: ParallelContext) -> None:
     target = tmp_path / "out"
     target.mkdir()
-    (target / "old").touch()
+    (target / "slimtron.json").touch()
     with (
         pytest.raises(CheckpointError, match="exists already"),
         collective_directory(target, context),
@@ -60,7 +60,7 @@ def test_error_leaves_the_old_directory(tmp_path: Path, context: ParallelContext
         pytest.fail("the block must not start")
     with pytest.raises(RuntimeError), collective_directory(target, context, overwrite=True):
         raise RuntimeError
-    assert [file.name for file in target.iterdir()] == ["old"]
+    assert [file.name for file in target.iterdir()] == ["slimtron.json"]
     with collective_directory(target, context, overwrite=True) as directory:
         (directory / "new").touch()
     assert [file.name for file in target.iterdir()] == ["new"]

@@ -31,7 +31,7 @@ def test_existing_output_is_refused(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "file").touch()
+    (tmp_path / "out" / "slimtron.json").touch()
     arguments = ["convert", f"hf:{tiny}", f"hf:{tmp_path / 'out'}", "--dtype", "float16"]
     assert main(arguments) == 2
     captured = capsys.readouterr()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,6 +167,7 @@ def test_evaluation_survives_json() -> None:
 
 def test_shards_of_different_ranks_have_different_names(context: ParallelContext) -> None:
     places = [
-        dataclasses.replace(context, tp_rank=tp, dp_rank=dp) for tp in (0, 1) for dp in (0, 1)
+        dataclasses.replace(context, tp_rank=tp, cp_rank=cp, dp_rank=dp)
+        for tp, cp, dp in itertools.product((0, 1), repeat=3)
     ]
-    assert len({rank_key(place) for place in places}) == 4
+    assert len({rank_key(place) for place in places}) == 8

@@ -13,8 +13,13 @@ from slimtron_common.integrations import modelopt as integration
 from slimtron_common.integrations.modelopt import (
     QuantConfig,
     QuantizerEntry,
+    check_attributes,
+    config_names,
     from_modelopt,
+    make_quantizer,
     named_config,
+    recipe_config,
+    recipe_names,
     to_modelopt,
 )
 
@@ -204,3 +209,34 @@ def test_missing_modelopt_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(MissingDependencyError, match="NVIDIA ModelOpt"):
         integration.named_config("FP8_DEFAULT_CFG")
+
+
+def test_block_size_is_set_along_both_dimensions() -> None:
+    config = named_config("FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG").with_block_size(32)
+    (attributes,) = (e.attributes for e in config.entries if e.attributes)
+    assert attributes["block_sizes"] == {-1: 32, -2: 32}  # type: ignore[call-overload,index]
+
+
+def test_every_listed_config_can_be_read() -> None:
+    assert {"FP8_DEFAULT_CFG", "INT4_AWQ_CFG"} <= set(config_names())
+    for name in config_names():
+        assert named_config(name).entries
+    for name in recipe_names():
+        assert recipe_config(name).entries
+
+
+@pytest.mark.parametrize(
+    ("attributes", "where"),
+    [({"num_bit": 8}, "x.num_bit"), ({"axis": 0, "block_sizes": {-1: 16}}, "x.block_sizes")],
+)
+def test_attributes_that_modelopt_does_not_take(attributes: dict[str, object], where: str) -> None:
+    check_attributes({"num_bits": (4, 3), "axis": None}, where="x")
+    with pytest.raises(ConfigError) as error:
+        check_attributes(attributes, where="x")
+    assert error.value.where == where
+
+
+def test_quantizers_by_their_attributes() -> None:
+    assert not make_quantizer([]).is_enabled
+    assert make_quantizer([{"num_bits": (4, 3)}]).num_bits == (4, 3)
+    assert [q.num_bits for q in make_quantizer([{"num_bits": 4}, {"num_bits": 8}])] == [4, 8]

@@ -6,6 +6,7 @@ import pytest
 
 from slimtron_common.errors import ParallelismError
 from slimtron_common.models import Architecture
+from slimtron_common.models.architecture import MixtureOfExperts
 
 SMOLLM2 = Architecture(
     family="llama",
@@ -71,3 +72,18 @@ def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(ParallelismError, match="30 layers") as caught:
         SMOLLM2.check_parallel(tensor_parallel_size=1, pipeline_parallel_size=60)
     assert caught.value.where == "parallel.pipeline_parallel_size"
+
+
+def test_experts_are_shared_out_evenly() -> None:
+    moe = MixtureOfExperts(num_experts=6, experts_per_token=2)
+    mixture = dataclasses.replace(SMOLLM2, family="mixtral", moe=moe)
+    assert mixture.expert_parallel_sizes == [1, 2, 3, 6]
+    layout = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1}
+    mixture.check_parallel(**layout, expert_parallel_size=3)
+    with pytest.raises(ParallelismError, match="6 experts") as caught:
+        mixture.check_parallel(**layout, expert_parallel_size=4)
+    assert caught.value.where == "parallel.expert_parallel_size"
+    assert caught.value.allowed == "1, 2, 3, 6"
+    assert SMOLLM2.expert_parallel_sizes == [1]
+    with pytest.raises(ParallelismError, match="dense"):
+        SMOLLM2.check_parallel(**layout, expert_parallel_size=2)

@@ -10,11 +10,9 @@ import transformers
 
 from slimtron_common.errors import CheckpointError, UnsupportedModelError
 from slimtron_common.models import Architecture
-from slimtron_common.models.huggingface import (
-    FAMILIES,
-    architecture_from_config,
-    config_from_architecture,
-)
+from slimtron_common.models.architecture import MixtureOfExperts
+from slimtron_common.models.families import FAMILIES
+from slimtron_common.models.huggingface import architecture_from_config, config_from_architecture
 
 SHAPE: dict[str, Any] = {
     "num_hidden_layers": 4,
@@ -32,6 +30,20 @@ SHAPE: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 
+OWN: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 96,
+        "norm_topk_prob": True,
+        "intermediate_size": 128,
+    },
+    "gemma": {"hidden_act": "gelu_pytorch_tanh", "pad_token_id": 0},
+    "nemotron": {"hidden_act": "relu2", "norm_eps": 3e-6},
+}
+"""Where a family's config has other fields or values."""
+
 LLAMA3 = {
     "factor": 32.0,
     "low_freq_factor": 1.0,
@@ -41,8 +53,9 @@ LLAMA3 = {
 
 
 def config_of(family: str = "llama", **changes: Any) -> dict[str, Any]:
-    head = {"model_type": family, "architectures": [FAMILIES.get(family, "Unknown")]}
-    return {**head, **SHAPE, **changes}
+    known = FAMILIES.get(family)
+    head = {"model_type": family, "architectures": [known.hf_class if known else "Unknown"]}
+    return {**head, **SHAPE, **OWN.get(family, {}), **changes}
 
 
 def read(config: dict[str, Any]) -> Architecture:
@@ -58,8 +71,44 @@ def test_reads_the_shape(family: str) -> None:
     assert (a.vocab_size, a.max_position_embeddings) == (301, 16384)
     assert (a.norm_epsilon, a.rotary_base) == (3e-6, 5e5)
     assert (a.tied_embeddings, a.dtype) == (True, "float16")
-    assert (a.qkv_bias, a.qk_norm) == (family == "qwen2", family == "qwen3")
-    assert a.hf_extras == {"bos_token_id": 7, "eos_token_id": [8, 9]}
+    assert (a.qkv_bias, a.qk_norm) == (family == "qwen2", family.startswith("qwen3"))
+    assert a.scaled_embeddings == (family == "gemma")
+    assert a.rotary_fraction == (0.5 if family == "nemotron" else 1.0)
+    assert (a.hf_extras["bos_token_id"], a.hf_extras["eos_token_id"]) == (7, [8, 9])
+    # What the shape is made of would be written twice.
+    assert a.hf_extras.keys() <= {
+        "bos_token_id", "eos_token_id", "pad_token_id", "rms_norm_eps", "intermediate_size"
+    }  # fmt: skip
+    experts = {
+        "mixtral": MixtureOfExperts(num_experts=8, experts_per_token=2),
+        "qwen3_moe": MixtureOfExperts(num_experts=8, experts_per_token=3),
+    }
+    assert a.moe == experts.get(family)
+
+
+def test_experts_of_qwen3() -> None:
+    read_moe = lambda **changes: read(config_of("qwen3_moe", **changes)).moe  # noqa: E731
+    assert read_moe(norm_topk_prob=False) == MixtureOfExperts(
+        num_experts=8, experts_per_token=3, normalized=False
+    )
+    assert read_moe(norm_topk_prob=False, num_experts_per_tok=1).experts_per_token == 1
+    # As transformers 5 writes it.
+    five = config_of("qwen3_moe", num_local_experts=8)
+    del five["num_experts"]
+    assert read(five) == read(config_of("qwen3_moe"))
+    # No layer uses it, and it travels along.
+    assert config_from_architecture(read(five))["intermediate_size"] == 128
+
+
+def test_absent_fields_of_other_families() -> None:
+    gemma, nemotron, mixtral = (config_of(name) for name in ("gemma", "nemotron", "mixtral"))
+    del gemma["tie_word_embeddings"], gemma["hidden_act"]
+    assert read(gemma) == read(config_of("gemma"))
+    assert read(nemotron).rotary_base == 1e4
+    assert read({**nemotron, "partial_rotary_factor": 0.25}).rotary_fraction == 0.25
+    five = {"rope_theta": 1e4, "partial_rotary_factor": 0.25}
+    assert read({**nemotron, "rope_parameters": five}).rotary_fraction == 0.25
+    assert (read(mixtral).rotary_base, read(mixtral).sliding_window) == (1e6, None)
 
 
 def test_absent_fields_take_transformers_defaults() -> None:
@@ -106,7 +155,7 @@ def test_rotary_scaling() -> None:
     assert read(config_of(rope_parameters=named)) == read(config_of())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "mixtral", "gemma"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -124,12 +173,12 @@ def test_rotary_scaling() -> None:
     ids=str,
 )
 def test_sliding_window_is_that_of_transformers(family: str, changes: dict[str, Any]) -> None:
-    if family == "mistral":
+    if family in ("mistral", "mixtral", "gemma"):
         # Has no such field, and transformers 5 warns of it.
         changes = {name: value for name, value in changes.items() if name != "layer_types"}
     config = config_of(family, **changes)
     theirs = transformers.AutoConfig.for_model(**config)
-    expected = None if family == "llama" else theirs.sliding_window
+    expected = None if family in ("llama", "gemma") else theirs.sliding_window
     if family.startswith("qwen") and set(theirs.layer_types) == {"full_attention"}:
         expected = None
     assert read(config).sliding_window == expected
@@ -137,8 +186,18 @@ def test_sliding_window_is_that_of_transformers(family: str, changes: dict[str, 
 
 def _refused() -> dict[str, dict[str, Any]]:
     return {
-        "mixture of experts": config_of("mixtral", architectures=["MixtralForCausalLM"]),
-        "sparse Qwen": config_of("qwen3_moe", architectures=["Qwen3MoeForCausalLM"]),
+        "another mixture of experts": config_of("qwen2_moe"),
+        "dense layers between": config_of("qwen3_moe", decoder_sparse_step=2),
+        "a dense layer": config_of("qwen3_moe", mlp_only_layers=[0]),
+        "window in a sparse Qwen": config_of("qwen3_moe", use_sliding_window=True),
+        "one expert of weight 1": config_of("mixtral", num_experts_per_tok=1),
+        "one expert of weight 1, Qwen": config_of("qwen3_moe", num_experts_per_tok=1),
+        "exact GELU": config_of("gemma", hidden_act="gelu"),
+        "exact GELU, said twice": config_of("gemma", hidden_activation="gelu"),
+        "a view on what comes": config_of("gemma", use_bidirectional_attention=True),
+        "attention_bias of Nemotron": config_of("nemotron", attention_bias=True),
+        "mlp_bias of Nemotron": config_of("nemotron", mlp_bias=True),
+        "gated Nemotron": config_of("nemotron", hidden_act="silu"),
         "another head": config_of(architectures=["LlamaForSequenceClassification"]),
         "a name, not a list": config_of(architectures="LlamaForCausalLM"),
         "no model_type": {"architectures": ["LlamaForCausalLM"]},
@@ -218,6 +277,13 @@ def test_sizes_without_default_must_be_there(name: str) -> None:
         ("llama", {"tie_word_embeddings": "false"}, "tie_word_embeddings"),
         ("llama", {"num_key_value_heads": 3}, "must divide"),
         ("mistral", {"sliding_window": "8"}, "sliding_window"),
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts"),
+        ("mixtral", {"num_experts_per_tok": 9}, "more experts than there are"),
+        ("qwen3_moe", {"num_experts": None}, "num_experts"),
+        ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob"),
+        ("qwen3_moe", {"moe_intermediate_size": 1.5}, "moe_intermediate_size"),
+        ("nemotron", {"partial_rotary_factor": 2}, "partial_rotary_factor"),
+        ("nemotron", {"norm_eps": 0}, "norm_eps"),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": "0"}, "max_window_layers"),
     ],
 )
@@ -241,6 +307,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
     ),
     "qwen3": ("qwen3", {"rope_theta": 1e6}),
+    "mixtral": ("mixtral", {"rope_theta": 1e5}),
+    "mixtral with window": ("mixtral", {"sliding_window": 8}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe, not normalized": ("qwen3_moe", {"norm_topk_prob": False}),
+    "gemma": ("gemma", {}),
+    "nemotron": ("nemotron", {"partial_rotary_factor": 0.25}),
 }
 
 

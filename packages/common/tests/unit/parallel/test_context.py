@@ -15,13 +15,28 @@ from slimtron_common.errors import ConfigError, ParallelismError
 from slimtron_common.parallel import ParallelConfig, ParallelContext, initialize_parallel
 from slimtron_common.parallel.context import (
     check_world_size,
+    local_rank_from_environment,
+    local_world_size_from_environment,
     rank_from_environment,
     resolve_device,
     world_size_from_environment,
 )
 
-NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SLURM = (
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+    "SLURM_NTASKS",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_STEP_TASKS_PER_NODE",
+    "SLURM_TASKS_PER_NODE",
+)
+BATCH_SCRIPT = {
+    "SLURM_NTASKS": "8",
+    "SLURM_TASKS_PER_NODE": "4(x2)",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +130,15 @@ def test_a_process_group_that_exists_is_used_and_kept() -> None:
         dist.destroy_process_group()
 
 
+def test_groups_of_someone_else_are_told() -> None:
+    with initialize_parallel(device="cpu") as context:
+        with pytest.raises(ParallelismError, match="exist already") as caught:
+            initialize_parallel(device="cpu")
+        assert "from_megatron" in str(caught.value.hint)
+        assert cpu_backend_active()
+        context.barrier()
+
+
 def test_groups_that_do_not_exist_cannot_be_read() -> None:
     with pytest.raises(ParallelismError, match="do not exist") as caught:
         ParallelContext.from_megatron()
@@ -126,9 +150,12 @@ def test_groups_that_do_not_exist_cannot_be_read() -> None:
     [
         ({}, 1, 0),
         ({"WORLD_SIZE": "4", "RANK": "3"}, 4, 3),
-        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "5"}, 8, 5),
+        ({**BATCH_SCRIPT, "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5"}, 8, 5),
+        # A step smaller than the job, with srun's --preserve-env.
+        ({**BATCH_SCRIPT, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, 2, 1),
+        (BATCH_SCRIPT, 1, 0),
         # torchrun inside a Slurm job.
-        ({"WORLD_SIZE": "4", "RANK": "3", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, 4, 3),
+        ({"WORLD_SIZE": "4", "RANK": "3", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, 4, 3),
     ],
 )
 def test_launchers_are_read(
@@ -140,8 +167,38 @@ def test_launchers_are_read(
     assert rank_from_environment() == rank
 
 
+@pytest.mark.parametrize(
+    ("environment", "local_world_size", "local_rank"),
+    [
+        ({}, 1, 0),
+        (BATCH_SCRIPT, 1, 0),
+        ({"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3"}, 4, 3),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_LOCALID": "7"}, 8, 7),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x3),5,1(x2)"}, 5, 0),
+        ({"LOCAL_WORLD_SIZE": "4", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, 4, 0),
+    ],
+)
+def test_processes_of_a_host_are_counted(
+    environment: dict[str, str],
+    local_world_size: int,
+    local_rank: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert local_world_size_from_environment() == local_world_size
+    assert local_rank_from_environment() == local_rank
+
+
+def test_a_batch_script_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in BATCH_SCRIPT.items():
+        monkeypatch.setenv(name, value)
+    with initialize_parallel(device="cpu") as context:
+        assert (context.rank, context.world_size) == (0, 1)
+
+
 def test_a_launcher_without_a_meeting_point_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.setenv("SLURM_LOCALID", "1")
     with pytest.raises(ParallelismError, match="MASTER_ADDR, MASTER_PORT") as caught:
@@ -175,7 +232,7 @@ def test_slurm_tasks_form_one_world(tmp_path: Path) -> None:
             text=True,
             env={
                 **_environment(),
-                "SLURM_NTASKS": "2",
+                "SLURM_STEP_NUM_TASKS": "2",
                 "SLURM_PROCID": str(rank),
                 "SLURM_LOCALID": str(rank),
                 "MASTER_ADDR": "127.0.0.1",

@@ -1,0 +1,54 @@
+"""What Megatron-Core's versions disagree on.
+
+Where a distributed checkpoint's common state lies: beside the sharded tensors a checkpoint has
+one more object, which every process reads. Up to 0.16 it is the file ``common.pt``; 0.19 keeps it
+among the tensors, and reads either. Weights alone have nothing in it.
+
+And whether a router can do without Transformer Engine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+__all__ = ["import_moe_utils", "load_sharded"]
+
+
+def import_moe_utils() -> Any:
+    """Imports the module that a mixture of experts computes with, complete.
+
+    Megatron-Core 0.16's router asks whether ``te_general_gemm`` is there, but only Transformer
+    Engine's presence defines the name. Later versions define it as None.
+    """
+    module = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    vars(module).setdefault("te_general_gemm", None)
+    return module
+
+
+def load_sharded(sharded: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Loads sharded tensors from a ``torch_dist`` checkpoint that any version has written.
+
+    Args:
+        sharded: ``ShardedTensor``s by name, as a model's ``sharded_state_dict`` makes them.
+        directory: The distributed checkpoint.
+
+    Returns:
+        The tensors under the same names.
+    """
+    from megatron.core import dist_checkpointing
+
+    options: dict[str, Any] = {}
+    takes_strategy = "common_strategy" in inspect.signature(dist_checkpointing.load).parameters
+    if takes_strategy and not (directory / "common.pt").exists():
+        from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+
+        class NoCommonState(TorchCommonLoadStrategy):  # type: ignore[misc]
+            def load_common(self, checkpoint_dir: str) -> dict[str, Any]:
+                return {}
+
+        options["common_strategy"] = NoCommonState()
+    loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(directory), **options)
+    return loaded

@@ -1,0 +1,66 @@
+"""Refuse, before any weight loads, what will not fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from slimtron_common.checkpoint import Checkpoint
+from slimtron_common.errors import ParallelismError
+from slimtron_common.parallel.config import ParallelConfig
+from slimtron_common.parallel.context import (
+    local_rank_from_environment,
+    local_world_size_from_environment,
+)
+
+__all__ = ["available_memory", "check_memory", "required_memory", "shard_parameters"]
+
+
+def shard_parameters(checkpoint: Checkpoint, parallel: ParallelConfig) -> float:
+    """Parameters of the largest part of a model that one process holds."""
+    architecture = checkpoint.architecture
+    embedding = architecture.vocab_size * architecture.hidden_size
+    # A stage with an embedding is the largest; a tied output layer is a second copy under PP.
+    layers = (checkpoint.num_parameters - embedding) / parallel.pipeline_parallel_size
+    return (layers + embedding) / parallel.tensor_parallel_size
+
+
+def required_memory(parts: Iterable[float]) -> int:
+    """Bytes of all parts together, with a tenth for what the libraries take."""
+    return round(1.1 * sum(parts))
+
+
+def available_memory(device: str) -> int:
+    """Bytes that this process may take: of its GPU, or its share of the host's memory.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+    """
+    if device == "cuda":
+        return torch.cuda.mem_get_info(local_rank_from_environment())[0]
+    available: int = psutil.virtual_memory().available
+    return available // local_world_size_from_environment()
+
+
+def check_memory(parts: Mapping[str, float], device: str, *, hint: str) -> None:
+    """Refuses a job that one process has not the memory for.
+
+    Args:
+        parts: What a process holds at one time, in bytes, by name.
+        device: Where it holds it: ``cpu`` or ``cuda``.
+        hint: What the user should do.
+
+    Raises:
+        ParallelismError: The process may not take that much.
+    """
+    needed, available = required_memory(parts.values()), available_memory(device)
+    if needed > available:
+        listed = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
+        raise ParallelismError(
+            "the model does not fit into the memory of one process",
+            where="GPU" if device == "cuda" else "host",
+            found=f"{needed / 2**30:.1f} GiB needed ({listed}), {available / 2**30:.1f} GiB free",
+            hint=hint,
+        )
