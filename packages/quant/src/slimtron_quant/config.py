@@ -6,12 +6,14 @@ field says so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from slimtron_common.errors import ConfigError
-from slimtron_quant.recipes import recipe_named
+from slimtron_quant.recipes import check_recipe_name
+from slimtron_quant.recipes.table import is_file
 
 __all__ = ["ExportConfig", "QuantizationConfig"]
 
@@ -35,12 +37,14 @@ class QuantizationConfig:
     """How to quantize a model, and the text that calibrates it."""
 
     algorithm: str | None = "fp8"
-    """Recipe, one of ``slimtron-quant recipes``; None leaves the weights as they are."""
+    """Recipe: one of ``slimtron-quant recipes``, ``modelopt:NAME`` for one of the installed
+    ModelOpt's own configs, or a recipe file (.yaml or .json, NeMo's among them: see
+    ``slimtron_quant.recipes.files``). None leaves the weights as they are."""
 
     awq_block_size: int | Literal["auto"] = 128
-    """Input channels that share a weight scale in the recipes with blocks (``int4_awq`` and
-    ``int4``). It must divide every quantized layer's input dimension; ``auto`` takes the
-    largest that does. NeMo left ``int4`` at 128 and found a misfit at export, after
+    """Input channels that share a weight scale in ``int4``, ``int4_awq`` and ``w4a8_awq``. It must
+    divide the input dimension of every layer that is quantized so; ``auto`` takes the largest
+    that does. NeMo left ``int4`` at 128 and found a misfit at export, after
     calibrating."""
 
     sq_alpha: float = 0.5
@@ -74,9 +78,17 @@ class QuantizationConfig:
     ``decoder.layers.0``), layers counted from 0 over the whole model. A pattern also covers
     what lies inside the modules that it matches; one that matches nothing is an error."""
 
+    include: tuple[str, ...] = ()
+    """Patterns of the only modules to quantize; none for all."""
+
+    overrides: Mapping[str, str | None] = field(default_factory=dict, hash=False)
+    """Another recipe for the modules that a pattern matches, or None to leave them as they are.
+    A later pattern wins over an earlier one, ``exclude`` and ``include`` over both. Only
+    ``algorithm`` can be a recipe that searches (``int8_sq`` and those with AWQ)."""
+
     def __post_init__(self) -> None:
         if self.algorithm is not None:
-            recipe_named(self.algorithm)
+            check_recipe_name(self.algorithm)
         if self.awq_block_size != "auto":
             _check_positive("awq_block_size", self.awq_block_size, "a positive integer, or auto")
         for name in ("dataset_size", "batch_size", "seq_len"):
@@ -97,10 +109,17 @@ class QuantizationConfig:
             bool(self.calibration_dataset.strip()),
             "pydoc, a file, or hf:NAME",
         )
-        patterns = self.exclude
-        _check("exclude", patterns, not isinstance(patterns, str), "a list of patterns")
-        object.__setattr__(self, "exclude", tuple(patterns))
-        _check("exclude", patterns, all(self.exclude), "patterns that are not empty")
+        for name in ("exclude", "include"):
+            patterns = getattr(self, name)
+            _check(name, patterns, not isinstance(patterns, str), "a list of patterns")
+            object.__setattr__(self, name, tuple(patterns))
+            _check(name, patterns, all(patterns), "patterns that are not empty")
+        _check("overrides", self.overrides, all(self.overrides), "patterns that are not empty")
+        for pattern, recipe in self.overrides.items():
+            where = f"overrides.{pattern}"
+            if recipe is not None:
+                check_recipe_name(recipe, where=where)
+                _check(where, recipe, not is_file(recipe), "the name of a recipe, or null")
 
     @property
     def calibration_source(self) -> str:
@@ -163,13 +182,13 @@ class ExportConfig:
                 hint="the report has perplexity, KL divergence and agreement; transformers and "
                 "the inference engines generate from the exported directory",
             )
-        for field, only in (("decoder_type", None), ("inference_tp", 1), ("inference_pp", 1)):
-            if getattr(self, field) != only:
+        for name, only in (("decoder_type", None), ("inference_tp", 1), ("inference_pp", 1)):
+            if getattr(self, name) != only:
                 raise ConfigError(
                     "only trtllm checkpoints have this setting",
-                    where=field,
-                    found=getattr(self, field),
-                    hint=f"leave {field} out: hf checkpoints fit any engine layout",
+                    where=name,
+                    found=getattr(self, name),
+                    hint=f"leave {name} out: hf checkpoints fit any engine layout",
                 )
 
     @property

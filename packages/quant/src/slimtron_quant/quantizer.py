@@ -22,13 +22,14 @@ from slimtron_common.models.megatron import architecture_of
 from slimtron_common.parallel import ParallelContext, forward_only, unwrap_model
 from slimtron_common.progress import Progress
 from slimtron_quant.awq import awq_calibrate
+from slimtron_quant.calibration.floors import floor_input_scales
 from slimtron_quant.calibration.maxima import ForwardLoop, collecting_maxima
 from slimtron_quant.calibration.scales import MendedScale, check_scales
 from slimtron_quant.calibration.state import restore_calibration
 from slimtron_quant.config import ExportConfig, QuantizationConfig
 from slimtron_quant.errors import CalibrationError
 from slimtron_quant.export.huggingface import export_huggingface
-from slimtron_quant.recipes import quantization_recipe, recipe_named
+from slimtron_quant.recipes import Scheme, quantization_scheme
 from slimtron_quant.summary import LayerSummary, layer_offset, summarize
 
 __all__ = ["Quantizer", "calibration_loop"]
@@ -87,13 +88,14 @@ class Quantizer:
             return model
         megatron = unwrap_model(model)
         context = ParallelContext.from_megatron(device=next(megatron.parameters()).device)
-        recipe = recipe_named(algorithm)
-        if recipe.needs_calibration and forward_loop is None:
+        scheme = self._scheme(megatron, context)
+        scheme.check_device(context.device.type)
+        if scheme.needs_calibration and forward_loop is None:
             forward_loop = self._default_forward_loop(model, context)
         calibration = self._attach(megatron, context)
         with _quiet_modelopt():
             self._calibrate(
-                megatron, calibration, forward_loop if recipe.needs_calibration else None
+                megatron, calibration, forward_loop if scheme.needs_calibration else None
             )
         self._finish(megatron, context)
         return model
@@ -151,24 +153,29 @@ class Quantizer:
         )
         return self.export_config.path
 
-    def _attach(self, model: nn.Module, context: ParallelContext) -> Algorithm:
+    def _attach(self, model: Any, context: ParallelContext) -> Algorithm:
         """Puts uncalibrated quantizers into a bare model; returns what calibrates them."""
         import modelopt.torch.quantization as mtq
 
-        config = quantization_recipe(
-            self.quantization_config,
-            architecture_of(model),
-            tensor_parallel_size=context.tp_size,
-            layer_offset=layer_offset(model),
+        scheme = self._scheme(model, context)
+        config = scheme.modelopt_config(
+            layer_offset=layer_offset(model), num_layers=len(model.decoder.layers)
         )
         with _quiet_modelopt():
             mtq.quantize(model, to_modelopt(config.with_algorithm(None)))
         return config.algorithm
 
+    def _scheme(self, model: nn.Module, context: ParallelContext) -> Scheme:
+        return quantization_scheme(
+            self.quantization_config,
+            architecture_of(model),
+            tensor_parallel_size=context.tp_size,
+        )
+
     def _finish(self, model: nn.Module, context: ParallelContext) -> None:
         """Checks the scales of a calibrated model and describes what became of its layers."""
-        self.mended = list(check_scales(model).mended)
-        self.layers = summarize(model, context)
+        self.mended = [*check_scales(model).mended, *floor_input_scales(model)]
+        self.layers = summarize(model, context, self._scheme(model, context).reasons)
 
     def _calibrate(
         self, model: nn.Module, algorithm: Algorithm, forward_loop: ForwardLoop | None

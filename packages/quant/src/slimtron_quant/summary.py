@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,6 +37,9 @@ class LayerSummary:
     """Signal-to-quantization-noise ratio of the weights, in decibels:
     ``10 log10(||W||^2 / ||W - Q(W)||^2)``; None where they are not quantized."""
 
+    reason: str | None = None
+    """Why the weights stay as they were; None where they are quantized."""
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         return asdict(self)
@@ -51,12 +56,17 @@ def linear_modules(model: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def summarize(model: nn.Module, context: ParallelContext) -> list[LayerSummary]:
+def summarize(
+    model: nn.Module,
+    context: ParallelContext,
+    reasons: Mapping[str, str] = MappingProxyType({}),
+) -> list[LayerSummary]:
     """Describes every linear layer of the whole model; the same list on every process.
 
     Args:
         model: The bare Megatron-Core model with calibrated quantizers.
         context: This process's place.
+        reasons: Why layers stay as they are, by name in the whole model (``Scheme.reasons``).
     """
     offset = layer_offset(model)
     rows = []
@@ -75,18 +85,24 @@ def summarize(model: nn.Module, context: ParallelContext) -> list[LayerSummary]:
         sqnr = None
         if spec is not None:
             sqnr = 10 * float(torch.log10(torch.tensor(signal / max(noise, 1e-300))))
+        whole_name = global_name(name, offset)
         rows.append(
             LayerSummary(
-                name=global_name(name, offset),
-                format=None if spec is None else spec[0],
+                name=whole_name,
+                format=None if spec is None else spec.name,
                 num_parameters=int(count),
                 input_amax=None if amax is None else float(amax.max()),
                 sqnr_db=sqnr,
+                reason=None if spec else reasons.get(whole_name, _other_reason(name)),
             )
         )
     stages: list[list[LayerSummary]] = [[] for _ in range(context.pp_size)]
     dist.all_gather_object(stages, rows, group=context.pp_group)
     return [row for stage in stages for row in stage]
+
+
+def _other_reason(name: str) -> str:
+    return "router" if "router" in name else "not a layer that recipes quantize"
 
 
 def layer_offset(model: Any) -> int:

@@ -72,6 +72,9 @@ def test_frozen() -> None:
         ("calibration_seq_len", -1),
         ("exclude", "*.linear_fc2"),
         ("exclude", ("",)),
+        ("include", "*.linear_fc2"),
+        ("include", ("",)),
+        ("overrides", {"": "fp8"}),
     ],
 )
 def test_quantization_values_out_of_range_name_the_field(field: str, value: Any) -> None:
@@ -99,6 +102,18 @@ def test_export_values_out_of_range_name_the_field(field: str, value: Any) -> No
     with pytest.raises(ConfigError) as error:
         ExportConfig(**{"path": Path("out"), field: value})
     assert error.value.where == field
+
+
+@pytest.mark.parametrize("recipe", ["fp9", "", "own.yaml"])
+def test_overrides_name_recipes(recipe: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        QuantizationConfig(overrides={"*.mlp": recipe})
+    assert error.value.where == "overrides.*.mlp"
+
+
+def test_recipes_from_elsewhere_are_taken_unopened() -> None:
+    for name in ("modelopt:ANYTHING", "own.yaml", "own.yml", "nemo.json"):
+        assert QuantizationConfig(name, overrides={"*.mlp": None}).algorithm == name
 
 
 def test_misspelt_recipe_gets_a_suggestion() -> None:

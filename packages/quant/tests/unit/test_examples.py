@@ -6,8 +6,11 @@ import yaml
 
 from slimtron_common.config import build_config, to_dict
 from slimtron_quant.job.config import QuantJobConfig
+from slimtron_quant.recipes.files import read_recipe_file
+from slimtron_quant.recipes.sources import load_source
 
-EXAMPLE = Path(__file__).parents[4] / "examples" / "quantize" / "fp8.yaml"
+FOLDER = Path(__file__).parents[4] / "examples" / "quantize"
+EXAMPLE = FOLDER / "fp8.yaml"
 
 # Has no default, or was cut for a laptop.
 CHOSEN = {
@@ -21,7 +24,7 @@ CHOSEN = {
 
 
 def leaves(tree: object, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], object]:
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict) or not tree:
         return {path: tree}
     return {leaf: v for key, sub in tree.items() for leaf, v in leaves(sub, (*path, key)).items()}
 
@@ -33,3 +36,9 @@ def test_the_example_holds_every_setting_at_its_default() -> None:
     assert written.keys() == default.keys()
     assert {leaf for leaf in written if written[leaf] != default[leaf]} == CHOSEN
     assert leaves(to_dict(build_config(QuantJobConfig, file=EXAMPLE))) == written
+
+
+def test_the_recipe_files_load() -> None:
+    mixed = read_recipe_file(FOLDER / "mixed.yaml")
+    assert mixed.overrides == {"*.linear_proj": "fp8", "decoder.layers.29": None}
+    assert load_source(str(FOLDER / "nemo.json")).recipe.weight_bits == 8

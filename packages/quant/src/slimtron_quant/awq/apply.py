@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -32,7 +33,11 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def awq_calibrate(
-    model: nn.Module, forward_loop: Callable[[Any], None], *, alpha_step: float = 0.1
+    model: nn.Module,
+    forward_loop: Callable[[Any], None],
+    *,
+    alpha_step: float = 0.1,
+    skip: Sequence[str] = (),
 ) -> AWQResult:
     """Scales the weights of every quantized linear layer so that its output changes least.
 
@@ -58,6 +63,7 @@ def awq_calibrate(
         model: Converted by ``mtq.quantize`` with the algorithm None, in place.
         forward_loop: Runs this data-parallel rank's text through the model that it is given.
         alpha_step: Distance of the candidate exponents in ``[0, 1]``.
+        skip: Patterns of layers to calibrate only, such as those of another format.
 
     Returns:
         What was chosen, for reports.
@@ -81,7 +87,7 @@ def awq_calibrate(
     was_training = model.training
     model.eval()
     try:
-        layers = [_Layer(name, module) for name, module in _quantized_linears(model)]
+        layers = [_Layer(name, module) for name, module in _quantized_linears(model, skip)]
         with ExitStack() as stack:
             for layer in layers:
                 stack.enter_context(layer.observed())
@@ -100,10 +106,12 @@ def awq_calibrate(
     return AWQResult(alphas=alphas, layers=chosen)
 
 
-def _quantized_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _quantized_linears(model: nn.Module, skip: Sequence[str]) -> Iterator[tuple[str, Any]]:
     from modelopt.torch.quantization.utils import is_quantized_linear
 
     for name, module in model.named_modules():
+        if any(fnmatchcase(name, pattern) for pattern in skip):
+            continue
         if is_quantized_linear(module) and module.weight_quantizer.is_enabled:
             yield name, module
 

@@ -17,7 +17,8 @@ _FLAGS: tuple[tuple[str, tuple[tuple[str, str, type, str, str], ...]], ...] = (
         "what",
         (
             ("--model", "model", str, "KIND:DIR", "hf:DIR or megatron:DIR"),
-            ("--recipe", "quantization.algorithm", str, "NAME", "see `slimtron-quant recipes`"),
+            ("--recipe", "quantization.algorithm", str, "NAME",
+             "see `slimtron-quant recipes`; modelopt:NAME, or a .yaml or .json file"),
             ("--out", "export.path", str, "DIR", "the directory to write"),
             ("--export-dtype", "export.dtype", str, "TYPE", "of unquantized weights: bf16, 16, 32"),
             ("--sq-alpha", "quantization.sq_alpha", float, "A", "SmoothQuant's strength, 0 to 1"),
@@ -68,7 +69,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
                 dest="quantization.awq_block_size",
                 type=_block_size,
                 metavar="N",
-                help="input channels that share a scale in int4 and int4_awq, or auto",
+                help="channels that share a scale in the recipes with blocks, or auto",
             )
             group.add_argument(
                 "--exclude",
@@ -76,6 +77,21 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
                 action="append",
                 metavar="PATTERN",
                 help="modules to leave as they are; may be repeated",
+            )
+            group.add_argument(
+                "--include",
+                dest="quantization.include",
+                action="append",
+                metavar="PATTERN",
+                help="the only modules to quantize; may be repeated",
+            )
+            group.add_argument(
+                "--override",
+                dest="quantization.overrides",
+                action="append",
+                type=_override,
+                metavar="PATTERN=NAME",
+                help="another recipe for these modules, or none; may be repeated",
             )
         if title == "machine":
             group.add_argument(
@@ -109,7 +125,16 @@ def job_config(args: argparse.Namespace) -> QuantJobConfig:
         for field, value in vars(args).items()
         if field.split(".")[0] in QuantJobConfig.__dataclass_fields__
     }
+    if (overrides := flags["quantization.overrides"]) is not None:
+        flags["quantization.overrides"] = dict(overrides)
     return build_config(QuantJobConfig, file=args.config, overrides=args.overrides, flags=flags)
+
+
+def _override(text: str) -> tuple[str, str | None]:
+    pattern, equals, recipe = text.rpartition("=")
+    if not equals or not pattern or not recipe:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=NAME")
+    return pattern, None if recipe in ("none", "null") else recipe
 
 
 def _block_size(text: str) -> int | str:

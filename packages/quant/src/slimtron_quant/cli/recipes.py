@@ -9,11 +9,24 @@ EPILOG = """\
 examples:
   slimtron-quant recipes
   slimtron-quant recipes --json
+  slimtron-quant recipes modelopt:NVFP4_MLP_ONLY_CFG
+  slimtron-quant recipes --modelopt
 """
 
 
 def register(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's arguments."""
+    parser.add_argument(
+        "recipes",
+        nargs="*",
+        metavar="RECIPE",
+        help="only these: names, modelopt:NAME, or recipe files",
+    )
+    parser.add_argument(
+        "--modelopt",
+        action="store_true",
+        help="list the configs of the installed ModelOpt, which run as modelopt:NAME",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -23,23 +36,35 @@ def execute(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from slimtron_quant.recipes import RECIPES
+    from slimtron_quant.recipes.sources import load_source, modelopt_names
 
+    if args.modelopt:
+        names = modelopt_names()
+        print(json.dumps(names, indent=2) if args.json else "\n".join(names))
+        return 0
+    recipes = [
+        RECIPES[name] if name in RECIPES else load_source(name, where="RECIPE").recipe
+        for name in args.recipes or RECIPES
+    ]
     if args.json:
-        print(json.dumps([asdict(recipe) for recipe in RECIPES.values()], indent=2))
+        print(json.dumps([asdict(recipe) for recipe in recipes], indent=2))
         return 0
 
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("recipe", "bits", "what", "accuracy", "GPUs", "engines", show_lines=True)
-    for recipe in RECIPES.values():
+    table = Table("recipe", "what, where and how well", show_lines=True)
+    for recipe in recipes:
+        needs = ["text"] * recipe.needs_calibration + ["a GPU"] * recipe.needs_cuda
+        facts = [recipe.name, f"W{recipe.weight_bits} A{recipe.activation_bits}"]
+        if recipe.block_size is not None:
+            facts.append(f"blocks of {recipe.block_size}")
+        if needs:
+            facts.append(f"needs {' and '.join(needs)}")
         table.add_row(
-            recipe.name,
-            f"W{recipe.weight_bits} A{recipe.activation_bits}",
-            recipe.summary,
-            recipe.accuracy,
-            recipe.hardware,
-            recipe.engines,
+            "\n".join(facts),
+            f"{recipe.summary}\naccuracy: {recipe.accuracy}\nGPUs: {recipe.hardware}\n"
+            f"engines: {recipe.engines}",
         )
     Console().print(table)
     return 0

@@ -42,6 +42,8 @@ def execute(args: argparse.Namespace) -> int:
     comparison = run(plan, resume=args.resume, overwrite=args.overwrite)
     if rank_from_environment() == 0:
         print_comparison(comparison)
-        print(f"model   {config.output}")
-        print(f"report  {config.output / 'report.html'}")
+        for fact in ("Quantized", "As it was"):
+            print(f"{fact.lower():<10} {comparison.facts[fact]}")
+        print(f"{'model':<10} {config.output}")
+        print(f"{'report':<10} {config.output / 'report.html'}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,12 @@ class ExportedModel:
         )
         return bits / parameters
 
+    def stored_bits(self, name: str) -> int:
+        """Returns what a tensor takes on disk by its Hugging Face name, scales included."""
+        module = name.removesuffix(".weight")
+        names = self._names_of[module] if module in self.formats else [name]
+        return sum(_bits(*self.tensors.headers[stored]) for stored in names)
+
     def read(self, name: str) -> Tensor:
         """Returns a weight by its Hugging Face name, decoded to float32 where it was packed.
 
@@ -120,8 +127,11 @@ class ExportedModel:
             module = bound.rule.hf_names[0].removesuffix(".weight")
             if module not in self.formats or bound.is_copy:
                 continue
-            packed = self._packed(module)
-            factor, scale = packed.get("pre_quant_scale"), packed.get("input_scale")
+            names = self._names_of.get(module, [])
+            factor, scale = (
+                self.tensors.read(name) if (name := f"{module}.{suffix}") in names else None
+                for suffix in ("pre_quant_scale", "input_scale")
+            )
             if factor is not None and bound.rule.layout.dim == -1:
                 factor = factor.chunk(context.tp_size)[context.tp_rank]
             hook = _InputHook(self.formats[module], factor, scale, context.device)
@@ -160,8 +170,8 @@ class ExportedModel:
         return names
 
     def _format(self, settings: dict[str, Any]) -> Format:
-        for fmt in FORMATS.values():
-            expected = fmt.settings(settings.get("group_size"))
+        for fmt, has_factors in itertools.product(FORMATS.values(), (False, True)):
+            expected = fmt.settings(settings.get("group_size"), has_input_factors=has_factors)
             if all(settings.get(key) == value for key, value in expected.items()):
                 return fmt
         raise CheckpointError(

@@ -13,7 +13,18 @@ from torch import Tensor
 from slimtron_common.errors import CheckpointError
 from slimtron_quant.errors import CalibrationError
 
-__all__ = ["SMALLEST_AMAX", "VANISHING_AMAX", "Format", "scales", "take"]
+__all__ = [
+    "SMALLEST_AMAX",
+    "VANISHING_AMAX",
+    "Calibration",
+    "Format",
+    "checked_amax",
+    "needed_scale",
+    "refuse_input_factor",
+    "scales",
+    "take",
+    "take_input_factor",
+]
 
 VANISHING_AMAX = 2.0**-24
 """ModelOpt quantizes everything whose amax is no larger than this to zero."""
@@ -23,51 +34,97 @@ SMALLEST_AMAX = 2.0**-23
 enough above zero that no format's scale is subnormal in float32."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What the scales of one weight are made of."""
+
+    weight_amax: Tensor
+    """Largest magnitude of the weights that each scale covers, in any shape with as many elements
+    as there are scales; ``[out, in / width]`` where a block covers several output channels."""
+
+    tensor_amax: Tensor | None = None
+    """Scalar, the layer's largest magnitude, in formats with a scale of scales."""
+
+    input_amax: Tensor | None = None
+    """Scalar, the largest magnitude of the activations, in formats that fix their scale."""
+
+    input_factor: Tensor | None = None
+    """``[in]``, the factor on the input channels, its inverse already inside the weight."""
+
+    block_size: int | None = None
+    """Input channels that share a scale, in formats that leave it open."""
+
+
 @dataclass(frozen=True, slots=True)
 class Format(ABC):
     """How a linear layer's weight lies on disk, in ModelOpt's unified checkpoint layout.
 
-    A layer's tensors are named by suffix: ``weight`` (the codes), ``weight_scale``, where the
-    format quantizes activations ``input_scale``, and ``pre_quant_scale`` where the input is
-    multiplied by one before it is quantized. A weight is its code times its scale.
+    A layer's tensors are named by suffix: ``weight`` (the codes) and ``weight_scale``; then, by
+    format, ``weight_scale_2`` (a scale of the scales or of their products), ``input_scale`` (of
+    the activations, where it does not follow them) and ``pre_quant_scale`` (the factor that the
+    input is multiplied by before it is quantized).
 
     Packing reproduces ModelOpt's fake quantization code by code. A weight that went through
-    it already packs to the same codes, so packing ``quantizer(weight)`` is exact for every
-    algorithm and device.
+    it already packs to the same codes, so packing ``quantizer(weight)`` with the scales of
+    ``weight`` is exact for every algorithm and device.
     """
 
     name: str
-    """Slimtron's name of the format, that of its recipe."""
+    """Slimtron's name of the format."""
 
     quant_algo: ClassVar[str]
     """ModelOpt's name of the layout, by which inference engines choose their kernels."""
 
+    block: ClassVar[tuple[int | None, int | None]] = (None, None)
+    """Output and input channels that share a scale, where the format fixes them."""
+
     weights_per_code: ClassVar[int] = 1
     """Weights held in one element of the tensor ``weight``."""
 
+    takes_amax_from_weight: ClassVar[bool] = False
+    """Whether ModelOpt keeps no amax for the blocks and takes it from the weight each time."""
+
+    has_two_levels: ClassVar[bool] = False
+    """Whether ``Calibration.tensor_amax`` is needed."""
+
+    always_stores_input_factor: ClassVar[bool] = False
+    """Whether row-parallel layers need ``pre_quant_scale``, of ones if need be."""
+
+    def block_shape(self, block_size: int | None = None) -> tuple[int | None, int | None]:
+        """Returns how many output and input channels share a scale; None is all of them.
+
+        Args:
+            block_size: Input channels in a block, in formats that leave it open.
+        """
+        return self.block
+
+    def misfit(self, shape: Sequence[int], block_size: int | None = None) -> str | None:
+        """Says why a weight ``[out, in]`` does not fit the layout; None where it does."""
+        units = self.block_shape(block_size)
+        for channels, size, unit in zip(("output", "input"), shape, units, strict=True):
+            if unit is not None and (unit < 1 or size % unit):
+                return f"blocks of {unit} on {size} {channels} channels"
+        return None
+
+    def check_shape(self, shape: Sequence[int], block_size: int | None = None) -> None:
+        """Refuses a weight ``[out, in]`` that does not fit the layout.
+
+        Raises:
+            CheckpointError: A block does not divide a dimension.
+        """
+        if found := self.misfit(shape, block_size):
+            raise CheckpointError(f"the weight does not fit the format {self.name}", found=found)
+
     @abstractmethod
-    def pack(
-        self,
-        weight: Tensor,
-        weight_amax: Tensor,
-        *,
-        input_amax: Tensor | None = None,
-        pre_quant_scale: Tensor | None = None,
-        block_size: int | None = None,
-    ) -> dict[str, Tensor]:
+    def pack(self, weight: Tensor, calibration: Calibration) -> dict[str, Tensor]:
         """Quantizes a weight to what is written to disk.
 
         Args:
             weight: ``[out, in]``, any float type.
-            weight_amax: Largest magnitude that each scale covers, in any shape with as many
-                elements as there are scales.
-            input_amax: Scalar, the largest magnitude of the activations.
-            pre_quant_scale: ``[in]``, the factor on the input channels, its inverse already
-                inside ``weight``.
-            block_size: Input channels that share a scale, in formats with blocks.
+            calibration: What its scales are made of.
 
         Returns:
-            Tensors by suffix. Scales are float32.
+            Tensors by suffix.
 
         Raises:
             CalibrationError: A scale is missing, infinite, NaN or negative.
@@ -99,27 +156,60 @@ class Format(ABC):
         """Rounds activations as a kernel of this format does.
 
         Args:
-            x: Input of the layer, after ``pre_quant_scale``.
-            input_scale: Scalar from disk.
+            x: ``[..., in]``, input of the layer, after ``pre_quant_scale``.
+            input_scale: Scalar from disk; None in formats that scale every input by itself.
 
         Returns:
-            ``x`` rounded to the codes times ``input_scale``, in its own type; formats that
+            ``x`` rounded to the codes times their scales, in its own type; formats that
             leave the activations alone return ``x``.
+
+        Raises:
+            CheckpointError: The format needs a scale and there is none.
         """
         return x
 
-    @abstractmethod
-    def settings(self, block_size: int | None) -> dict[str, Any]:
-        """Returns a layer's entry in ``hf_quant_config.json``."""
+    def settings(
+        self, block_size: int | None = None, *, has_input_factors: bool = False
+    ) -> dict[str, Any]:
+        """Returns a layer's entry in ``hf_quant_config.json``.
+
+        Args:
+            block_size: Input channels in a block, in formats that leave it open.
+            has_input_factors: Whether some layer of the model stores ``pre_quant_scale``.
+        """
+        return {"quant_algo": self.quant_algo}
 
     @abstractmethod
-    def scheme(self, block_size: int | None) -> dict[str, Any]:
+    def scheme(self, block_size: int | None = None) -> dict[str, Any]:
         """Returns a layer's ``config_groups`` entry in ``config.json``, without its targets."""
 
     def bits_per_weight(self, tensors: Mapping[str, Tensor]) -> float:
         """Returns the stored bits of all ``tensors``, scales included, over the weights."""
         stored = sum(t.numel() * t.element_size() * 8 for t in tensors.values())
         return stored / (tensors["weight"].numel() * self.weights_per_code)
+
+
+def checked_amax(amax: Tensor | None, *, count: int, what: str) -> Tensor:
+    """Returns an amax as float32 ``[count]``.
+
+    Args:
+        amax: Largest magnitudes in any shape.
+        count: Scales that the layout has room for.
+        what: Name of the quantity, for the error.
+
+    Raises:
+        CalibrationError: It is missing, of another count, not finite or negative.
+    """
+    if amax is None or amax.numel() != count:
+        raise CalibrationError(
+            f"{what} does not fit the format",
+            found="no scale" if amax is None else f"{amax.numel()} scales",
+            allowed=f"{count} scales",
+        )
+    amax = amax.detach().reshape(-1).float()
+    if not bool(torch.isfinite(amax).all()) or bool((amax < 0).any()):
+        raise CalibrationError(f"{what} has values that are not finite, or negative")
+    return amax
 
 
 def scales(
@@ -139,20 +229,40 @@ def scales(
     Returns:
         Both ``[count]``, float32. Where ``amax`` vanishes, the codes are zero and the scale is
         that of ``SMALLEST_AMAX``.
+
+    Raises:
+        CalibrationError: ``amax`` is missing, of another count, not finite or negative.
     """
-    if amax is None or amax.numel() != count:
-        raise CalibrationError(
-            f"{what} does not fit the format",
-            found="no scale" if amax is None else f"{amax.numel()} scales",
-            allowed=f"{count} scales",
-        )
-    amax = amax.detach().reshape(-1).float()
-    if not bool(torch.isfinite(amax).all()) or bool((amax < 0).any()):
-        raise CalibrationError(f"{what} has values that are not finite, or negative")
+    amax = checked_amax(amax, count=count, what=what)
     vanishing = amax <= VANISHING_AMAX
     safe = torch.where(vanishing, SMALLEST_AMAX, amax)
     factor = safe.reciprocal() * bound if reciprocal else torch.full_like(safe, bound) / safe
     return torch.where(vanishing, 0.0, factor), factor.reciprocal()
+
+
+def refuse_input_factor(calibration: Calibration, name: str) -> None:
+    """Refuses a factor on the input in a layout that has no place for one.
+
+    Raises:
+        CheckpointError: There is one.
+    """
+    if calibration.input_factor is not None:
+        raise CheckpointError(
+            f"the layout of {name} has no place for a factor on the input",
+            where="pre_quant_scale",
+            hint="fold it into the layer before",
+        )
+
+
+def needed_scale(input_scale: Tensor | None, name: str) -> Tensor:
+    """Returns the scale of activations that has to be there.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    if input_scale is None:
+        raise CheckpointError(f"{name} activations need a scale", where="input_scale")
+    return input_scale
 
 
 def take(
@@ -172,6 +282,24 @@ def take(
             found="nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}",
             allowed=f"{dtype} {tuple(shape)}",
         )
-    if suffix.endswith("scale") and not bool(((tensor > 0) & torch.isfinite(tensor)).all()):
+    if "scale" in suffix and not bool(_is_positive(tensor).all()):
         raise CheckpointError("a scale is not a positive number everywhere", where=suffix)
     return tensor
+
+
+def take_input_factor(tensors: Mapping[str, Tensor], in_dim: int) -> None:
+    """Checks the factor on the input where there is one.
+
+    Raises:
+        CheckpointError: It has another shape, or is not a positive number everywhere.
+    """
+    if (factor := tensors.get("pre_quant_scale")) is not None:
+        take(tensors, "pre_quant_scale", factor.dtype, (in_dim,))
+
+
+def _is_positive(scale: Tensor) -> Tensor:
+    if scale.dtype == torch.uint8:
+        # E8M0: a power of two, or NaN.
+        return scale != 0xFF
+    number = scale.float()
+    return (number > 0) & torch.isfinite(number)

@@ -13,10 +13,11 @@ from typing import Any
 
 from slimtron_common.errors import ConfigError
 from slimtron_quant.formats import format_named
+from slimtron_quant.formats.detect import LayerFormat
 
 __all__ = ["config_json_quantization", "hf_quant_config"]
 
-Layers = Mapping[str, "tuple[str, int | None] | None"]
+Layers = Mapping[str, LayerFormat | None]
 
 
 def hf_quant_config(layers: Layers) -> dict[str, Any]:
@@ -24,20 +25,23 @@ def hf_quant_config(layers: Layers) -> dict[str, Any]:
 
     Args:
         layers: For every linear layer of the model, ``lm_head`` too: its Hugging Face module
-            name with its format's name and block size, or None where it is not quantized.
+            name with how it is written, or None where it is not quantized.
 
     Raises:
         ConfigError: Nothing is quantized.
     """
+    quantized = {name: layer for name, layer in layers.items() if layer}
+    has_factors = any(layer.has_input_factor for layer in quantized.values())
     settings = {
-        name: format_named(spec[0]).settings(spec[1]) for name, spec in layers.items() if spec
+        name: format_named(layer.name).settings(layer.block_size, has_input_factors=has_factors)
+        for name, layer in quantized.items()
     }
     if not settings:
         raise ConfigError("every layer is excluded: nothing is quantized", where="exclude")
     first, *others = settings.values()
     # Names in full: engines also look for them inside longer names, where "layers.1" would be
     # found in "layers.10".
-    excluded = sorted(name for name, spec in layers.items() if not spec)
+    excluded = sorted(name for name, layer in layers.items() if not layer)
     quantization: dict[str, Any] = {"kv_cache_quant_algo": None, "exclude_modules": excluded}
     if all(other == first for other in others):
         quantization |= first
@@ -56,9 +60,9 @@ def config_json_quantization(layers: Layers) -> dict[str, Any]:
     file = hf_quant_config(layers)
     quantization = file["quantization"]
     groups: dict[tuple[str, int | None], list[str]] = {}
-    for name, spec in layers.items():
-        if spec:
-            groups.setdefault(spec, []).append(name)
+    for name, layer in layers.items():
+        if layer:
+            groups.setdefault((layer.name, layer.block_size), []).append(name)
     uniform = "quantized_layers" not in quantization
     config = {
         "quant_method": "modelopt",

@@ -9,8 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from slimtron_common.errors import CheckpointError
-from slimtron_quant.formats.base import Format, scales, take
+from slimtron_quant.formats.base import (
+    Calibration,
+    Format,
+    needed_scale,
+    scales,
+    take,
+    take_input_factor,
+)
 
 __all__ = ["Int8"]
 
@@ -25,26 +31,19 @@ class Int8(Format):
     """
 
     quant_algo: ClassVar[str] = "W8A8_SQ_PER_CHANNEL"
+    block: ClassVar[tuple[int | None, int | None]] = (1, None)
 
-    def pack(
-        self,
-        weight: Tensor,
-        weight_amax: Tensor,
-        *,
-        input_amax: Tensor | None = None,
-        pre_quant_scale: Tensor | None = None,
-        block_size: int | None = None,
-    ) -> dict[str, Tensor]:
+    def pack(self, weight: Tensor, calibration: Calibration) -> dict[str, Tensor]:
         out_dim, in_dim = weight.shape
-        factor, scale = scales(weight_amax, _BOUND, count=out_dim, what="weight amax")
-        _, input_scale = scales(input_amax, _BOUND, count=1, what="input amax")
+        factor, scale = scales(calibration.weight_amax, _BOUND, count=out_dim, what="weight amax")
+        _, input_scale = scales(calibration.input_amax, _BOUND, count=1, what="input amax")
         tensors = {
             "weight": _round(weight.detach().float() * factor[:, None]),
             "weight_scale": scale,
             "input_scale": input_scale.reshape(()),
         }
-        if pre_quant_scale is not None:
-            tensors["pre_quant_scale"] = pre_quant_scale.detach().reshape(in_dim)
+        if calibration.input_factor is not None:
+            tensors["pre_quant_scale"] = calibration.input_factor.detach().reshape(in_dim)
         return tensors
 
     def unpack(
@@ -53,19 +52,14 @@ class Int8(Format):
         codes = take(tensors, "weight", torch.int8, shape)
         scale = take(tensors, "weight_scale", torch.float32, shape[:1])
         take(tensors, "input_scale", torch.float32, ())
-        if "pre_quant_scale" in tensors:
-            take(tensors, "pre_quant_scale", tensors["pre_quant_scale"].dtype, shape[1:])
+        take_input_factor(tensors, shape[1])
         return (codes.float() * scale[:, None]).to(dtype).float()
 
     def quantize_activation(self, x: Tensor, input_scale: Tensor | None) -> Tensor:
-        if input_scale is None:
-            raise CheckpointError("INT8 activations need a scale", where="input_scale")
-        return (_round(x.float() * input_scale.reciprocal()).float() * input_scale).to(x.dtype)
+        scale = needed_scale(input_scale, self.name)
+        return (_round(x.float() * scale.reciprocal()).float() * scale).to(x.dtype)
 
-    def settings(self, block_size: int | None) -> dict[str, Any]:
-        return {"quant_algo": self.quant_algo}
-
-    def scheme(self, block_size: int | None) -> dict[str, Any]:
+    def scheme(self, block_size: int | None = None) -> dict[str, Any]:
         return {
             "input_activations": {"dynamic": False, "num_bits": 8, "type": "int"},
             "weights": {"dynamic": False, "num_bits": 8, "type": "int", "strategy": "channel"},

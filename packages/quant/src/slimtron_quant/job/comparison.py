@@ -9,6 +9,7 @@ from slimtron_common.evaluation import Evaluation
 from slimtron_common.manifest import environment_versions
 from slimtron_common.report import Column, Comparison, Metric, Number, Plot, Table
 from slimtron_quant.export.reader import ExportedModel
+from slimtron_quant.job.coverage import coverage
 from slimtron_quant.job.preflight import Plan
 from slimtron_quant.summary import LayerSummary
 
@@ -21,7 +22,10 @@ _KINDS = {
     "mlp.linear_fc2": "down",
 }
 
-_METRICS = (Metric("kl_memory", "KL to in-memory", unit="nats", better="lower"),)
+_METRICS = (
+    Metric("bits_per_quantized_weight", "Bits per quantized weight", better="lower"),
+    Metric("kl_memory", "KL to in-memory", unit="nats", better="lower"),
+)
 
 
 def compare(
@@ -42,6 +46,7 @@ def compare(
         exported: The written files.
     """
     checkpoint, config = plan.checkpoint, plan.config
+    covered = coverage(checkpoint.architecture, layers, exported)
     original = _column("original", evaluations["original"])
     original.metrics.update(
         weight_bytes=checkpoint.weight_bytes,
@@ -54,17 +59,19 @@ def compare(
     reloaded.metrics.update(
         weight_bytes=exported.tensors.weight_bytes,
         bits_per_weight=exported.bits_per_weight,
+        bits_per_quantized_weight=covered.bits_per_quantized_weight,
         kl_memory=evaluations["exported"].distances["memory"].kl,
     )
     return Comparison(
         title=f"{checkpoint.path.name} quantized to {plan.recipe.name}",
         columns=(original, memory, reloaded),
         plots=tuple(_plots(layers)),
-        tables=tuple(_tables(layers, mended)),
+        tables=(covered.table(), *_mended(mended)),
         facts={
             "Model": config.model,
             "Parameters": f"{checkpoint.num_parameters:,}",
             "Recipe": f"{plan.recipe.name}: {plan.recipe.summary}",
+            **covered.facts(),
             "Evaluated on": _text(
                 config.evaluation.source or config.quantization.calibration_source,
                 plan.evaluation,
@@ -140,32 +147,16 @@ def _plots(layers: Sequence[LayerSummary]) -> list[Plot]:
     return plots
 
 
-def _tables(layers: Sequence[LayerSummary], mended: Sequence[Mapping[str, Any]]) -> list[Table]:
-    tables = [
+def _mended(mended: Sequence[Mapping[str, Any]]) -> list[Table]:
+    if not mended:
+        return []
+    return [
         Table(
-            "Layers",
-            ("module", "format", "weights", "SQNR (dB)", "largest input"),
-            tuple(
-                (
-                    layer.name,
-                    layer.format or "as it was",
-                    layer.num_parameters,
-                    layer.sqnr_db,
-                    layer.input_amax,
-                )
-                for layer in layers
-            ),
+            "Scales that were raised",
+            ("quantizer", "scales", "reason"),
+            tuple((m["quantizer"], m["elements"], m["reason"]) for m in mended),
         )
     ]
-    if mended:
-        tables.append(
-            Table(
-                "Scales that were raised",
-                ("quantizer", "scales", "reason"),
-                tuple((m["quantizer"], m["elements"], m["reason"]) for m in mended),
-            )
-        )
-    return tables
 
 
 def _layer_number(name: str) -> int:

@@ -24,6 +24,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     rows = [
         ("model", f"{plan.config.model}, {plan.checkpoint.num_parameters:,} parameters"),
         ("recipe", f"{plan.recipe.name}: {plan.recipe.summary}"),
+        ("linear layers", plan.scheme.describe()),
         ("output", str(plan.config.output)),
         ("evaluation text", _sequences(plan.evaluation)),
         (

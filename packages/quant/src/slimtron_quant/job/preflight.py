@@ -10,7 +10,7 @@ import torch
 
 from slimtron_common.atomic import check_writable
 from slimtron_common.checkpoint import Checkpoint, open_checkpoint
-from slimtron_common.config import to_dict
+from slimtron_common.config import fingerprint, to_dict
 from slimtron_common.data import TokenDataset, token_dataset
 from slimtron_common.data.config import DataConfig
 from slimtron_common.data.sources import check_source
@@ -24,8 +24,9 @@ from slimtron_common.parallel.context import (
     world_size_from_environment,
 )
 from slimtron_common.workdir import check_resumable
+from slimtron_quant.config import QuantizationConfig
 from slimtron_quant.job.config import QuantJobConfig
-from slimtron_quant.recipes import Recipe, quantization_recipe, recipe_named
+from slimtron_quant.recipes import Recipe, Scheme, quantization_scheme
 
 __all__ = ["Estimate", "Plan", "preflight"]
 
@@ -60,7 +61,9 @@ class Plan:
     """A job that may start: its inputs are open and every check has passed."""
 
     config: QuantJobConfig
-    recipe: Recipe
+    scheme: Scheme
+    """What becomes of each layer."""
+
     checkpoint: Checkpoint
     device: Literal["cpu", "cuda"]
     dtype: torch.dtype
@@ -72,6 +75,11 @@ class Plan:
     estimate: Estimate
     identity: dict[str, Any]
     """What makes this job this job, for ``--resume``."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the layers that no pattern names."""
+        return self.scheme.recipe
 
 
 def preflight(
@@ -97,7 +105,6 @@ def preflight(
     device = resolve_device(config.device)
     world_size = world_size or world_size_from_environment()
     check_world_size(config.parallel, world_size)
-    recipe = recipe_named(str(config.quantization.algorithm))
     checkpoint = open_checkpoint(config.model, trust_remote_code=config.trust_remote_code)
     architecture, parallel = checkpoint.architecture, config.parallel
     architecture.check_parallel(
@@ -112,12 +119,10 @@ def preflight(
             f"{parallel.expert_parallel_size}",
             allowed="context 1, expert 1",
         )
-    quantization_recipe(
-        config.quantization, architecture, tensor_parallel_size=parallel.tensor_parallel_size
-    )
+    scheme = _scheme(config, architecture, device)
     _check_lengths(config, architecture.max_position_embeddings)
     dtype = checkpoint.compute_dtype(config.dtype, device)
-    estimate = _estimate(config, checkpoint, recipe, dtype)
+    estimate = _estimate(config, checkpoint, scheme, dtype)
     check_writable(
         config.output,
         # A resumed run replaces nothing: its output is not there, or is its own.
@@ -125,10 +130,12 @@ def preflight(
         required_bytes=0 if resume else estimate.disk,
     )
     _check_memory(estimate, device)
-    evaluation, calibration = _open_text(config, recipe, checkpoint)
+    evaluation, calibration = _open_text(config, scheme, checkpoint)
     _check_sequences(evaluation, calibration, world_size // parallel.model_parallel_size)
     identity = {
         "config": to_dict(config),
+        # A recipe file, or ModelOpt, may say something else by the time of a resumption.
+        "recipe": fingerprint(to_dict(scheme.modelopt_config())),
         "model": {"parameters": checkpoint.num_parameters, "bytes": checkpoint.weight_bytes},
         "evaluation": evaluation.fingerprint,
         "calibration": calibration.fingerprint if calibration else None,
@@ -139,7 +146,7 @@ def preflight(
     check_resumable(config.output, identity, resume=resume, overwrite=overwrite)
     return Plan(
         config=config,
-        recipe=recipe,
+        scheme=scheme,
         checkpoint=checkpoint,
         device=device,
         dtype=dtype,
@@ -149,6 +156,22 @@ def preflight(
         estimate=estimate,
         identity=identity,
     )
+
+
+def _scheme(config: QuantJobConfig, architecture: Architecture, device: str) -> Scheme:
+    try:
+        scheme = quantization_scheme(
+            config.quantization,
+            architecture,
+            tensor_parallel_size=config.parallel.tensor_parallel_size,
+        )
+        scheme.check_device(device)
+        return scheme
+    except ConfigError as error:
+        # The recipes know the fields of their own config; in the job's it has a name.
+        if str(error.where).partition(".")[0] in QuantizationConfig.__dataclass_fields__:
+            error.where = f"quantization.{error.where}"
+        raise
 
 
 def _check_lengths(config: QuantJobConfig, limit: int) -> None:
@@ -166,7 +189,7 @@ def _check_lengths(config: QuantJobConfig, limit: int) -> None:
 
 
 def _open_text(
-    config: QuantJobConfig, recipe: Recipe, checkpoint: Checkpoint
+    config: QuantJobConfig, scheme: Scheme, checkpoint: Checkpoint
 ) -> tuple[TokenDataset, TokenDataset | None]:
     quantization, evaluation = config.quantization, config.evaluation
     calibration_source = (quantization.calibration_source, quantization.calibration_text_field)
@@ -175,12 +198,12 @@ def _open_text(
         if evaluation.source is None
         else (evaluation.source, evaluation.text_field)
     )
-    wanted = {source} | ({calibration_source} if recipe.needs_calibration else set())
+    wanted = {source} | ({calibration_source} if scheme.needs_calibration else set())
     for name, text_field in sorted(wanted):
         check_source(name, text_field=text_field)
     tokenizer = checkpoint.tokenizer()
     calibration_tokens = quantization.calibration_dataset_size * quantization.calibration_seq_len
-    if not recipe.needs_calibration:
+    if not scheme.needs_calibration:
         return _tokens(
             source, evaluation.num_tokens, evaluation.seq_length, config, tokenizer
         ), None
@@ -240,7 +263,7 @@ def _check_sequences(
 
 
 def _estimate(
-    config: QuantJobConfig, checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype
+    config: QuantJobConfig, checkpoint: Checkpoint, scheme: Scheme, dtype: torch.dtype
 ) -> Estimate:
     architecture, parallel = checkpoint.architecture, config.parallel
     tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
@@ -249,7 +272,7 @@ def _estimate(
     # The stage with an embedding is the largest; a tied output layer is a second copy under PP.
     stage = (parameters - embedding) / pipeline + embedding
     evaluation, quantization = config.evaluation, config.quantization
-    calibrates = recipe.needs_calibration
+    calibrates = scheme.needs_calibration
     shapes = [(evaluation.micro_batch_size, evaluation.seq_length)]
     if calibrates:
         size = min(quantization.calibration_batch_size, quantization.calibration_dataset_size)
@@ -264,16 +287,14 @@ def _estimate(
         for b, s in shapes
     )
     logits = reference_bytes(evaluation.num_tokens, architecture.vocab_size, dtype)
-    rewrites_weights = recipe.name in ("int8_sq", "int4_awq")
+    rewrites_weights = scheme.recipe.rewrites_weights
     tokens = 3 * evaluation.num_tokens
     if calibrates:
         tokens += quantization.calibration_dataset_size * quantization.calibration_seq_len
     return Estimate(
         weights=round(stage * itemsize / tensor),
         activations=round(activations),
-        statistics=round(_awq_statistics(architecture) / tensor / pipeline)
-        if recipe.name == "int4_awq"
-        else 0,
+        statistics=round(_awq_statistics(scheme) / tensor / pipeline),
         disk=round(
             logits + checkpoint.weight_bytes + (parameters * itemsize if rewrites_weights else 0)
         ),
@@ -281,11 +302,15 @@ def _estimate(
     )
 
 
-def _awq_statistics(architecture: Architecture) -> int:
-    """Bytes of the second moments of every layer's inputs: AWQ keeps them until its search."""
-    a = architecture
-    widths = (a.hidden_size, a.query_size, a.hidden_size, a.ffn_hidden_size)
-    return a.num_layers * sum(4 * width * width for width in widths)
+def _awq_statistics(scheme: Scheme) -> int:
+    """Bytes of the second moments of the layers' inputs: AWQ keeps them until its search."""
+    if scheme.method != "awq_lite":
+        return 0
+    return sum(
+        4 * layer.in_features**2
+        for name, layer in scheme.layers.items()
+        if scheme.choices[name].recipe == scheme.recipe.name
+    )
 
 
 def _check_memory(estimate: Estimate, device: str) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from slimtron_common.integrations.modelopt import named_config, to_modelopt
 from slimtron_quant.calibration.scales import check_scales
 from slimtron_quant.errors import CalibrationError
-from slimtron_quant.formats import FORMATS
+from slimtron_quant.formats import FORMATS, Calibration
 from slimtron_quant.formats.base import SMALLEST_AMAX, VANISHING_AMAX
 
 CONFIGS = [
@@ -93,9 +93,10 @@ def test_zero_weight_channels_are_mended_and_decode_to_zero(
     assert torch.equal(model[1].weight_quantizer._amax, other)
     weight = quantizer(model[0].weight)
     assert bool((weight[5:7] == 0).all())
-    packed = FORMATS[fmt].pack(
-        weight, quantizer._amax, input_amax=torch.tensor(1.0), block_size=128
+    calibration = Calibration(
+        weight_amax=quantizer._amax, input_amax=torch.tensor(1.0), block_size=128
     )
+    packed = FORMATS[fmt].pack(weight, calibration)
     decoded = FORMATS[fmt].unpack(packed, dtype=dtype, shape=(128, 256))
     assert bool((decoded[5:7] == 0).all())
     assert bool((packed["weight_scale"] >= torch.finfo(torch.float32).smallest_normal).all())

@@ -16,15 +16,19 @@ from torch import Tensor
 import slimtron_quant.formats as formats
 from slimtron_common.errors import CheckpointError, ConfigError
 from slimtron_quant.errors import CalibrationError
-from slimtron_quant.formats import FORMATS, Format, format_named
+from slimtron_quant.formats import FORMATS, Calibration, Format, format_named
 
-OUT, IN, BLOCK = 48, 192, 64
+OUT, IN, BLOCK = 128, 384, 64
 ATTRIBUTES: dict[str, dict[str, Any]] = {
     "fp8": {"num_bits": (4, 3), "axis": None},
+    "fp8_pc_pt": {"num_bits": (4, 3), "axis": 0},
+    "block_fp8": {"num_bits": (4, 3), "block_sizes": {-1: 128, -2: 128}},
     "int8": {"num_bits": 8, "axis": 0},
     "int4": {"num_bits": 4, "block_sizes": {-1: BLOCK, "type": "static"}},
 }
-BOUNDS = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
+BOUNDS = {"fp8": 448.0, "fp8_pc_pt": 448.0, "block_fp8": 448.0, "int8": 127.0, "int4": 7.0}
+FLOATS = [name for name in ATTRIBUTES if "fp8" in name]
+STATIC_INPUTS = ["fp8", "int8"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -47,10 +51,13 @@ def calibrated(name: str, weight: Tensor) -> TensorQuantizer:
 
 
 def pack(name: str, weight: Tensor, amax: Tensor, **kwargs: Any) -> dict[str, Tensor]:
-    if name != "int4":
+    if name in STATIC_INPUTS:
         kwargs.setdefault("input_amax", torch.tensor(3.0))
+    if name == "block_fp8":
+        # A scale is asked for by output channel, as gathered shards have it.
+        amax = amax.reshape(OUT // 128, IN // 128).repeat_interleave(128, 0)
     kwargs.setdefault("block_size", BLOCK)
-    return FORMATS[name].pack(weight, amax, **kwargs)
+    return FORMATS[name].pack(weight, Calibration(weight_amax=amax, **kwargs))
 
 
 def unpack(name: str, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -73,7 +80,9 @@ def expanded(name: str, scale: Tensor) -> Tensor:
     scale = scale.double()
     if name == "int4":
         return scale.repeat_interleave(BLOCK, 1)
-    return scale[:, None].expand(OUT, IN) if name == "int8" else scale.expand(OUT, IN)
+    if name == "block_fp8":
+        return scale.reshape(OUT // 128, IN // 128).kron(torch.ones(128, 128))
+    return scale.reshape(-1, 1).expand(OUT, IN)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -85,7 +94,8 @@ class TestAgainstModelOpt:
         weight = random_weight(dtype)
         quantizer = calibrated(name, weight)
         tensors = pack(name, weight, quantizer._amax)
-        step = expanded(name, quantizer.export_amax().double() / BOUNDS[name])
+        scale = (quantizer.export_amax().double() / BOUNDS[name]).reshape(-1, 1)
+        step = expanded(name, scale.reshape(OUT, -1) if name == "int4" else scale)
         fake = quantizer(weight.float()).double()
         # A code of an E4M3 float is a number on its grid, of an integer a whole number: fake
         # quantization in float32 leaves it within a few roundings.
@@ -98,7 +108,7 @@ class TestAgainstModelOpt:
         quantizer = calibrated(name, weight)
         decoded = unpack(name, pack(name, weight, quantizer._amax), dtype)
         fake = quantizer(weight).float()
-        if name == "fp8":
+        if name in FLOATS:
             # Both multiply the code by the same reciprocal.
             assert torch.equal(decoded, fake)
         else:
@@ -124,7 +134,8 @@ class TestAgainstModelOpt:
         weight = random_weight(dtype)
         quantizer = calibrated(name, weight)
         scale = pack(name, weight, quantizer._amax)["weight_scale"]
-        expected = get_scaling_factor(quantizer).squeeze()
+        expected = get_scaling_factor(quantizer)
+        expected = expected if name == "block_fp8" else expected.squeeze()
         assert scale.dtype == torch.float32
         assert scale.shape == expected.shape
         # 1 / (bound / amax) against amax / bound: one rounding more.
@@ -135,15 +146,21 @@ class TestAgainstModelOpt:
 def test_bytes_are_those_of_modelopts_export(name: str) -> None:
     # In float32 with a scale that is a power of two there is nothing to round differently.
     weight = random_weight(torch.float32)
-    shape = {"fp8": (1,), "int8": (OUT,), "int4": (OUT, IN // BLOCK)}[name]
+    shape = {
+        "fp8": (1,),
+        "fp8_pc_pt": (OUT,),
+        "block_fp8": (OUT // 128, 1, IN // 128, 1),
+        "int8": (OUT,),
+        "int4": (OUT, IN // BLOCK),
+    }[name]
     scale = torch.full(shape, 2.0**-9)
     amax = scale * BOUNDS[name]
     tensors = pack(name, weight, amax)
-    quantization = {"fp8": "fp8", "int8": "int8_sq", "int4": "int4_awq"}[name]
+    quantization = {"int8": "int8_sq", "int4": "int4_awq", "block_fp8": "fp8_pb_wo"}.get(name, name)
     # ModelOpt leaves FP8's saturation to the amax being the largest magnitude.
-    limit = float(amax.max()) if name == "fp8" else float("inf")
+    limit = float(amax.max()) if name in FLOATS else float("inf")
     expected = to_quantized_weight(
-        weight.clamp(-limit, limit), scale, quantization, block_size=BLOCK
+        weight.clamp(-limit, limit), scale, quantization, block_size=128 if "p" in name else BLOCK
     )
     assert tensors["weight"].dtype == expected.dtype
     assert torch.equal(tensors["weight"].view(torch.uint8), expected.view(torch.uint8))
@@ -155,7 +172,7 @@ def test_error_is_half_a_step_in_float64(name: str) -> None:
     tensors = pack(name, weight.float(), calibrated(name, weight.float())._amax)
     scale = expanded(name, tensors["weight_scale"])
     error = (codes(name, tensors) * scale - weight).abs()
-    if name == "fp8":
+    if name in FLOATS:
         # 3 mantissa bits: half a unit is 2^-4 of the number, or of the smallest normal 2^-6.
         allowed = torch.maximum(weight.abs(), 2.0**-6 * scale) * 2.0**-4
     else:
@@ -206,7 +223,7 @@ def test_refuses_meaningless_scales(name: str, bad: float) -> None:
         pack(name, weight, amax)
 
 
-@pytest.mark.parametrize("name", ["fp8", "int8"])
+@pytest.mark.parametrize("name", STATIC_INPUTS)
 def test_refuses_an_uncalibrated_input(name: str) -> None:
     weight = random_weight(torch.float32)
     with pytest.raises(CalibrationError, match="input amax"):
@@ -216,16 +233,16 @@ def test_refuses_an_uncalibrated_input(name: str) -> None:
 
 
 def test_refuses_the_wrong_number_of_scales() -> None:
-    with pytest.raises(CalibrationError, match="48 scales"):
-        pack("int8", random_weight(torch.float32), torch.ones(47))
+    with pytest.raises(CalibrationError, match="128 scales"):
+        pack("int8", random_weight(torch.float32), torch.ones(127))
 
 
 def test_int4_packs_whole_pairs_and_whole_blocks_only() -> None:
-    with pytest.raises(CheckpointError, match="47 channels"):
+    with pytest.raises(CheckpointError, match="47 output channels"):
         pack("int4", torch.ones(47, IN), torch.ones(47, IN // BLOCK))
-    with pytest.raises(CheckpointError, match="blocks of 128 on 192"):
-        pack("int4", torch.ones(OUT, IN), torch.ones(OUT, 2), block_size=128)
-    with pytest.raises(CheckpointError, match="47 channels"):
+    with pytest.raises(CheckpointError, match="blocks of 256 on 384"):
+        pack("int4", torch.ones(OUT, IN), torch.ones(OUT, 2), block_size=256)
+    with pytest.raises(CheckpointError, match="47 output channels"):
         FORMATS["int4"].unpack({}, dtype=torch.float32, shape=(47, IN))
     with pytest.raises(CheckpointError, match="blocks of None"):
         pack("int4", torch.ones(OUT, IN), torch.ones(OUT, 2), block_size=None)
@@ -236,14 +253,15 @@ def test_pre_quant_scale_is_stored_where_the_layout_has_it() -> None:
     weight = random_weight(torch.float32)
     for name in ("int8", "int4"):
         amax = calibrated(name, weight)._amax
-        tensors = pack(name, weight, amax, pre_quant_scale=factor[None])
+        tensors = pack(name, weight, amax, input_factor=factor[None])
         assert torch.equal(tensors["pre_quant_scale"], factor)
         assert torch.equal(unpack(name, tensors), unpack(name, pack(name, weight, amax)))
         for damaged in (factor[1:], factor * 0):
             with pytest.raises(CheckpointError, match="pre_quant_scale"):
                 unpack(name, {**tensors, "pre_quant_scale": damaged})
-    with pytest.raises(CheckpointError, match="pre_quant_scale"):
-        pack("fp8", weight, torch.tensor(1.0), pre_quant_scale=factor)
+    for name, scales in (("fp8", 1), ("fp8_pc_pt", OUT), ("block_fp8", OUT * IN // 128**2)):
+        with pytest.raises(CheckpointError, match="pre_quant_scale"):
+            pack(name, weight, torch.ones(scales), input_factor=factor)
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
@@ -283,20 +301,21 @@ def test_int4_refuses_blocks_that_do_not_divide() -> None:
     weight = random_weight(torch.float32)
     tensors = pack("int4", weight, calibrated("int4", weight)._amax)
     for blocks in (0, 5):
-        with pytest.raises(CheckpointError, match=f"{blocks} blocks on 192"):
+        with pytest.raises(CheckpointError, match=f"{blocks} blocks on 384"):
             unpack("int4", {**tensors, "weight_scale": torch.ones(OUT, blocks)})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["fp8", "int8"])
+@pytest.mark.parametrize("name", STATIC_INPUTS)
 def test_activations_round_as_modelopts_quantizer(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     x = (torch.randn(64, IN) * 2).to(dtype)
     quantizer = TensorQuantizer(
         QuantizerAttributeConfig(**{**ATTRIBUTES[name], "axis": None}), amax=4.0
     )
-    scale = pack(name, torch.ones(OUT, IN), torch.ones(1 if name == "fp8" else OUT),
-                 input_amax=quantizer._amax)["input_scale"]  # fmt: skip
+    amax = torch.ones(1 if name == "fp8" else OUT)
+    tensors = pack(name, torch.ones(OUT, IN), amax, input_amax=quantizer._amax)
+    scale = tensors["input_scale"]
     rounded = FORMATS[name].quantize_activation(x, scale)
     assert rounded.dtype == dtype
     assert bool((x.abs() > 4).any())
@@ -317,15 +336,50 @@ def test_activations_round_as_modelopts_quantizer(name: str, dtype: torch.dtype)
     assert bool(((rounded.double() - exact).abs() <= half * (1 + 1e-5) + exact.abs() * eps).all())
 
 
-def test_weight_only_formats_leave_activations_alone() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_token_is_rounded_with_its_own_scale(dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    x = (torch.randn(7, 3, IN) * torch.logspace(-4, 4, 7)[:, None, None]).to(dtype)
+    x[2, 1] = 0
+    x[3, 2] = 2.0**-25
+    quantizer = TensorQuantizer(
+        QuantizerAttributeConfig(num_bits=(4, 3), type="dynamic", block_sizes={-1: None})
+    )
+    rounded = FORMATS["fp8_pc_pt"].quantize_activation(x, None)
+    assert rounded.dtype == dtype
+    assert torch.equal(rounded, quantizer(x))
+    assert bool((rounded[2, 1] == 0).all())
+
+
+@pytest.mark.parametrize("name", ["int4", "block_fp8"])
+def test_weight_only_formats_leave_activations_alone(name: str) -> None:
     x = torch.randn(2, IN)
-    assert FORMATS["int4"].quantize_activation(x, None) is x
+    assert FORMATS[name].quantize_activation(x, None) is x
+
+
+def test_channels_calibrated_apart_make_no_block() -> None:
+    amax = torch.ones(OUT, IN // 128)
+    amax[77, 1] = 2
+    with pytest.raises(CalibrationError, match="calibrated apart"):
+        FORMATS["block_fp8"].pack(torch.ones(OUT, IN), Calibration(weight_amax=amax))
+
+
+@pytest.mark.parametrize("shape", [(128, 576), (64, 128)])
+def test_partial_blocks_are_refused(shape: tuple[int, int]) -> None:
+    """ModelOpt writes them; vLLM and TensorRT-LLM do not read them."""
+    calibration = Calibration(weight_amax=torch.ones(shape[0], -(-shape[1] // 128)))
+    with pytest.raises(CheckpointError, match="blocks of 128"):
+        FORMATS["block_fp8"].pack(torch.ones(shape), calibration)
+    with pytest.raises(CheckpointError, match="blocks of 128"):
+        FORMATS["block_fp8"].unpack({}, dtype=torch.float32, shape=shape)
 
 
 @pytest.mark.parametrize(
     ("name", "bits"),
     [
         ("fp8", 8 + 64 / (OUT * IN)),
+        ("fp8_pc_pt", 8 + 32 / IN),
+        ("block_fp8", 8 + 32 / 128**2),
         ("int8", 8 + 32 / IN + 32 / (OUT * IN)),
         ("int4", 4 + 32 / BLOCK),
     ],

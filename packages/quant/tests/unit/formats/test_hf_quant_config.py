@@ -7,9 +7,12 @@ from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_form
 from modelopt.torch.export.quant_utils import process_layer_quant_config
 
 from slimtron_common.errors import ConfigError
+from slimtron_quant.formats import FORMATS, format_named
+from slimtron_quant.formats.detect import LayerFormat
 from slimtron_quant.formats.hf_quant_config import config_json_quantization, hf_quant_config
 
-Spec = tuple[str, int | None] | None
+Spec = LayerFormat | None
+FP8, INT4 = LayerFormat("fp8"), LayerFormat("int4", 64)
 
 
 def layers(quantized: Spec, others: dict[str, Spec] | None = None) -> dict[str, Spec]:
@@ -20,9 +23,17 @@ def layers(quantized: Spec, others: dict[str, Spec] | None = None) -> dict[str, 
 @pytest.mark.parametrize(
     ("spec", "modelopt_format"),
     [
-        (("fp8", None), "fp8"),
-        (("int8", None), "int8_sq"),
-        (("int4", 64), "int4_awq"),
+        (FP8, "fp8"),
+        (LayerFormat("fp8_pc_pt"), "fp8_pc_pt"),
+        (LayerFormat("block_fp8"), "fp8_pb_wo"),
+        (LayerFormat("int8"), "int8_sq"),
+        (INT4, "int4_awq"),
+        (LayerFormat("w4a8_awq", 64, has_input_factor=True), "w4a8_awq"),
+        (LayerFormat("nvfp4"), "nvfp4"),
+        (LayerFormat("nvfp4", has_input_factor=True), "nvfp4_awq"),
+        (LayerFormat("w4a16_nvfp4"), "w4a16_nvfp4"),
+        (LayerFormat("mxfp4"), "mxfp4"),
+        (LayerFormat("mxfp8"), "mxfp8"),
     ],
 )
 def test_says_what_modelopt_says(spec: Spec, modelopt_format: str) -> None:
@@ -32,7 +43,8 @@ def test_says_what_modelopt_says(spec: Spec, modelopt_format: str) -> None:
     for name in layers(None):
         if name != "lm_head":
             given[f"{name}.quantization"] = modelopt_format
-            given[f"{name}.awq_block_size"] = spec[1] or 0
+            blocks = format_named(spec.name).block_shape(spec.block_size)[1]
+            given[f"{name}.awq_block_size"] = blocks or 0
     expected = process_layer_quant_config(given)
     written = hf_quant_config(layers(spec))
     assert written["producer"]["name"] == "modelopt"
@@ -40,7 +52,7 @@ def test_says_what_modelopt_says(spec: Spec, modelopt_format: str) -> None:
     assert written["quantization"]["exclude_modules"] == ["lm_head"]
 
 
-@pytest.mark.parametrize("spec", [("fp8", None), ("int8", None), ("int4", 32)])
+@pytest.mark.parametrize("spec", [LayerFormat(name, 32) for name in FORMATS])
 def test_both_files_agree(spec: Spec) -> None:
     given = layers(spec)
     file, config = hf_quant_config(given), config_json_quantization(given)
@@ -55,9 +67,7 @@ def test_both_files_agree(spec: Spec) -> None:
 
 
 def test_mixed_formats_are_listed_layer_by_layer() -> None:
-    given = layers(
-        ("fp8", None), {"model.layers.0.self_attn.o_proj": ("int4", 64), "lm_head": None}
-    )
+    given = layers(FP8, {"model.layers.0.self_attn.o_proj": INT4, "lm_head": None})
     file, config = hf_quant_config(given), config_json_quantization(given)
     quantization = file["quantization"]
     assert quantization["quant_algo"] == "MIXED_PRECISION"
@@ -73,8 +83,19 @@ def test_mixed_formats_are_listed_layer_by_layer() -> None:
     assert {key: config[key] for key in converted} == converted
 
 
+def test_one_layer_with_a_factor_names_the_whole_model() -> None:
+    given = layers(
+        LayerFormat("nvfp4"),
+        {"model.layers.0.self_attn.o_proj": LayerFormat("nvfp4", has_input_factor=True)},
+    )
+    quantization = hf_quant_config(given)["quantization"]
+    assert quantization["quant_algo"] == "NVFP4_AWQ"
+    assert "quantized_layers" not in quantization
+    assert len(config_json_quantization(given)["config_groups"]) == 1
+
+
 def test_excluded_layers_are_named_in_full() -> None:
-    given = layers(("fp8", None), {f"model.layers.1.self_attn.{p}_proj": None for p in "qkv"})
+    given = layers(FP8, {f"model.layers.1.self_attn.{p}_proj": None for p in "qkv"})
     assert hf_quant_config(given)["quantization"]["exclude_modules"] == [
         "lm_head",
         "model.layers.1.self_attn.k_proj",
@@ -84,7 +105,7 @@ def test_excluded_layers_are_named_in_full() -> None:
 
 
 def test_json_able_and_deterministic() -> None:
-    given = layers(("int4", 64))
+    given = layers(INT4)
     for function in (hf_quant_config, config_json_quantization):
         assert json.dumps(function(given)) == json.dumps(function(dict(given)))
 

@@ -49,6 +49,40 @@ FLAGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "model without kind": (["--model", "smollm2"], ("model", "hf:DIR or megatron:DIR")),
     "unknown kind": (["--model", "gguf:x"], ("hf:DIR",)),
     "missing directory": (["--model", "hf:/no/such/dir"], ("/no/such/dir", "does not exist")),
+    "recipe for GPUs": (
+        ["--recipe", "nvfp4"],
+        ("quantization.algorithm", "nvfp4 on cpu", "fp8, fp8_pc_pt", "doctor"),
+    ),
+    "override for GPUs": (["--override", "*.mlp=mxfp8"], ("quantization.overrides", "mxfp8")),
+    "override that searches": (
+        ["--override", "*.mlp=int4_awq"],
+        ("quantization.overrides.*.mlp", "searches"),
+    ),
+    "override that matches nothing": (
+        ["--override", "*.linear_fc3=int8"],
+        ("quantization.overrides.*.linear_fc3", "did you mean *.linear_fc"),
+    ),
+    "unknown override": (
+        ["--override", "*.mlp=fp9"],
+        ("quantization.overrides.*.mlp", "did you mean fp8"),
+    ),
+    "included pattern matches nothing": (
+        ["--include", "nothing"],
+        ("quantization.include", "matches no module"),
+    ),
+    "unknown config of ModelOpt": (
+        ["--recipe", "modelopt:FP8_DEFAULT"],
+        ("quantization.algorithm", "did you mean FP8_DEFAULT_CFG"),
+    ),
+    "config that no format holds": (
+        ["--recipe", "modelopt:INT8_WEIGHT_ONLY_CFG"],
+        ("quantization.algorithm", "no format on disk"),
+    ),
+    "missing recipe file": (["--recipe", "nothing.yaml"], ("nothing.yaml", "cannot be read")),
+    "fixed blocks do not divide": (
+        ["--recipe", "block_fp8"],
+        ("quantization.algorithm", "blocks do not divide", "linear_qkv"),
+    ),
     "unknown recipe": (["--recipe", "fp9"], ("quantization.algorithm", "did you mean fp8")),
     "no recipe": (["--set", "quantization.algorithm=null"], ("quantization.algorithm", "recipes")),
     "misspelt field": (
@@ -60,14 +94,14 @@ FLAGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "alpha out of range": (["--recipe", "int8_sq", "--sq-alpha", "1.5"], ("sq_alpha", "0 to 1")),
     "block does not divide": (
         ["--recipe", "int4", "--block-size", "48"],
-        ("awq_block_size", "linear_qkv has 64", "auto"),
+        ("quantization.awq_block_size", "linear_qkv has 64", "auto"),
     ),
     "block not positive": (["--recipe", "int4", "--block-size", "-1"], ("awq_block_size",)),
     "pattern matches nothing": (
         ["--exclude", "*.linear_fc3"],
-        ("exclude", "*.linear_fc3", "linear_fc"),
+        ("quantization.exclude", "*.linear_fc3", "linear_fc"),
     ),
-    "everything excluded": (["--exclude", "*"], ("exclude",)),
+    "everything excluded": (["--exclude", "*"], ("quantization.exclude", "nothing is quantized")),
     "too many ranks asked for": (["--tp", "2"], ("torchrun --nproc-per-node 2",)),
     "no negative sizes": (["--tp", "0"], ("tensor_parallel_size", "1 or more")),
     "sequence parallel alone": (
@@ -273,6 +307,23 @@ def test_yaml_files(
 
 def test_plan_refuses_the_same(arguments: Arguments, refused: Callable[..., None]) -> None:
     refused(arguments("plan", "--recipe", "int4", "--block-size", "48"), ("awq_block_size",))
+
+
+def test_an_override_that_is_none(arguments: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments("run", "--override", "int4"))
+    assert exit_.value.code == 2
+    assert "PATTERN=NAME" in capsys.readouterr().err
+
+
+def test_plan_shows_what_becomes_of_the_layers(
+    arguments: Arguments, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    flags = ["--override", "*.mlp=int8", "--override", "decoder.layers.1.mlp=none"]
+    assert main(arguments("plan", *flags)) == 0
+    shown = capsys.readouterr().out
+    assert "4 to fp8, 2 to int8, 2 as they are (overridden by decoder.layers.1.mlp)" in shown
 
 
 def test_plan_shows_what_a_layout_needs(
