@@ -42,6 +42,15 @@ _FLAGS: tuple[tuple[str, tuple[tuple[str, str, type, str, str], ...]], ...] = (
         ),
     ),
     (
+        "quality gate",
+        (
+            ("--max-perplexity-increase", "gate.max_perplexity_increase", str, "SHARE",
+             "exit with 3 if the perplexity rises by more, such as 5%%"),
+            ("--min-agreement", "gate.min_agreement", str, "SHARE",
+             "exit with 3 if fewer of the likeliest tokens stay the same, such as 0.9"),
+        ),
+    ),
+    (
         "machine",
         (
             ("--tp", "parallel.tensor_parallel_size", int, "N", "tensor-parallel processes"),

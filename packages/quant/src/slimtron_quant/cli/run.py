@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 
 from slimtron_quant.cli.job_arguments import add_job_arguments, job_config
+
+logger = logging.getLogger(__name__)
 
 HELP = "quantize a model, prove it before and after, and export it"
 EPILOG = """\
@@ -15,7 +18,7 @@ examples:
   slimtron-quant run job.yaml --set quantization.algorithm=int4_awq
   torchrun --nproc-per-node 3 -m slimtron_quant run job.yaml --tp 3
 
-exit codes: 0 done, 1 failed, 2 refused
+exit codes: 0 done, 1 failed, 2 refused, 3 done but a quality gate was missed
 """
 
 
@@ -40,10 +43,13 @@ def execute(args: argparse.Namespace) -> int:
 
     plan = preflight(config, resume=args.resume, overwrite=args.overwrite)
     comparison = run(plan, resume=args.resume, overwrite=args.overwrite)
+    missed = config.gate.misses(comparison.columns[0].metrics, comparison.columns[-1].metrics)
     if rank_from_environment() == 0:
         print_comparison(comparison)
         for fact in ("Quantized", "As it was"):
             print(f"{fact.lower():<10} {comparison.facts[fact]}")
         print(f"{'model':<10} {config.output}")
         print(f"{'report':<10} {config.output / 'report.html'}")
-    return 0
+        for limit in missed:
+            logger.error("quality gate missed: %s", limit)
+    return 3 if missed else 0

@@ -172,8 +172,8 @@ def _packed_layer(
             weight_amax=weight_amax,
             tensor_amax=stages[-1]._amax if fmt.has_two_levels else None,
             input_amax=getattr(inputs, "_amax", None) if inputs.is_enabled else None,
-            # TensorRT-LLM wants it in the type of the model.
-            input_factor=None if factor is None else factor.to(dtype),
+            # TensorRT-LLM wants it in the model's type; the tensors of a file share no memory.
+            input_factor=None if factor is None else factor.to(dtype, copy=True),
             block_size=written.block_size,
         )
         tensors = fmt.pack(weight, calibration)

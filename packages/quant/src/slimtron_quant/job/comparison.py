@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slimtron_common.evaluation import Evaluation
+from slimtron_common.evaluation.gate import QualityGate
 from slimtron_common.manifest import environment_versions
 from slimtron_common.report import Column, Comparison, Metric, Number, Plot, Table
 from slimtron_quant.export.reader import ExportedModel
@@ -79,6 +80,7 @@ def compare(
             "Calibrated on": "no text needed"
             if plan.calibration is None
             else _text(config.quantization.calibration_source, plan.calibration),
+            **_gate(config.gate, original, reloaded),
             "Computed in": f"{plan.dtype} on {plan.device}".replace("torch.", ""),
             "Layout": f"tensor {config.parallel.tensor_parallel_size}, pipeline "
             f"{config.parallel.pipeline_parallel_size}, {plan.world_size} process(es)",
@@ -87,6 +89,13 @@ def compare(
         },
         metrics=_METRICS,
     )
+
+
+def _gate(gate: QualityGate, original: Column, delivered: Column) -> dict[str, str]:
+    if gate == QualityGate():
+        return {}
+    missed = gate.misses(original.metrics, delivered.metrics)
+    return {"Quality gate": "missed: " + "; ".join(missed) if missed else "passed"}
 
 
 def _column(name: str, evaluation: Evaluation) -> Column:

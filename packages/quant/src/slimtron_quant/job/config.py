@@ -8,6 +8,7 @@ from typing import Literal
 
 from slimtron_common.errors import ConfigError
 from slimtron_common.evaluation.config import EvaluationConfig
+from slimtron_common.evaluation.gate import QualityGate
 from slimtron_common.parallel.config import ParallelConfig
 from slimtron_quant.config import ExportConfig, QuantizationConfig
 
@@ -24,6 +25,7 @@ class QuantJobConfig:
     export: ExportConfig
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    gate: QualityGate = field(default_factory=QualityGate)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -13,22 +13,27 @@ from safetensors.torch import load_file, save_file
 
 from slimtron_common.manifest import verify_manifest
 from slimtron_common.report import read_report
+from slimtron_common.testing.models import write_tiny_model
 from slimtron_quant.__main__ import main
 
 Arguments = Callable[..., list[str]]
 
 
+def run(model: Path, out: Path, *more: str) -> int:
+    return main(
+        [
+            *("run", "--model", f"hf:{model}", "--recipe", "fp8", "--out", str(out)),
+            *("--data", "pydoc", "--calib-size", "4", "--calib-seq-len", "32"),
+            *("--calib-batch-size", "2", "--eval-tokens", "192", "--eval-seq-len", "32"),
+            *("--device", "cpu", *more),
+        ]
+    )
+
+
 @pytest.fixture(scope="module")
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "out"
-    assert main(
-        [
-            *("run", "--model", f"hf:{tiny_model}", "--recipe", "fp8", "--out", str(out)),
-            *("--data", "pydoc", "--calib-size", "4", "--calib-seq-len", "32"),
-            *("--calib-batch-size", "2", "--eval-tokens", "192", "--eval-seq-len", "32"),
-            *("--device", "cpu"),
-        ]
-    ) == 0  # fmt: skip
+    assert run(tiny_model, out, "--max-perplexity-increase", "500%") == 0
     return out
 
 
@@ -51,6 +56,30 @@ def test_report_compares_original_memory_and_export(finished: Path) -> None:
     assert exported.metrics["weight_bytes"] == (finished / "model.safetensors").stat().st_size
     # 8 bits for the linear layers, 16 for the embedding: between the two.
     assert 8 < exported.metrics["bits_per_weight"] < 16 < original.metrics["bits_per_weight"]
+
+
+def test_a_missed_gate_keeps_the_output(
+    tiny_model: Path, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    assert run(tiny_model, out, "--min-agreement", "100%") == 3
+    assert "of the tokens agree, wanted are 100.00%" in caplog.text
+    verify_manifest(out)
+    assert read_report(out).facts["Quality gate"].startswith("missed: ")
+    assert read_report(finished).facts["Quality gate"] == "passed"
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "int8_sq", "int4_awq"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gemma", "nemotron"])
+def test_families(recipe: str, family: str, tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model", family)
+    out = tmp_path / "out"
+    # Random layers amplify what rounding the rest to bfloat16 changes.
+    more = ("--block-size", "auto", "--calib-size", "16", "--export-dtype", "32")
+    assert run(model, out, "--recipe", recipe, *more) == 0
+    exported = read_report(out).columns[-1].metrics
+    assert exported["kl_memory"] < 1e-4
+    assert 0 < exported["kl"] < 0.5
 
 
 def test_export_announces_itself_to_engines(finished: Path) -> None:
