@@ -18,6 +18,7 @@ from slimtron_common.data import token_dataset
 from slimtron_common.data.config import DataConfig
 from slimtron_common.errors import ConfigError
 from slimtron_common.integrations.modelopt import to_modelopt
+from slimtron_common.models.adjustments import weight_expert_outputs
 from slimtron_common.models.megatron import architecture_of
 from slimtron_common.parallel import ParallelContext, forward_only, unwrap_model
 from slimtron_common.progress import Progress
@@ -157,6 +158,7 @@ class Quantizer:
         """Puts uncalibrated quantizers into a bare model; returns what calibrates them."""
         import modelopt.torch.quantization as mtq
 
+        weight_expert_outputs(model)
         scheme = self._scheme(model, context)
         config = scheme.modelopt_config(
             layer_offset=layer_offset(model), num_layers=len(model.decoder.layers)

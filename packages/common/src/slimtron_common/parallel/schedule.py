@@ -1,4 +1,4 @@
-"""Walk a model over batches through Megatron's own pipeline schedule."""
+"""Walk a model forward over batches through Megatron's own pipeline schedule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from slimtron_common.errors import ParallelismError
 from slimtron_common.parallel.context import ParallelContext
 from slimtron_common.parallel.unwrap import unwrap_chunks
 
-__all__ = ["backpropagate", "forward_only"]
+__all__ = ["forward_only"]
 
 OnLogits = Callable[[int, torch.Tensor], None]
 
@@ -41,49 +41,6 @@ def forward_only(
     Raises:
         ParallelismError: Context parallelism, which the schedule does not cut batches for.
     """
-
-    def finish(index: int, logits: torch.Tensor) -> torch.Tensor:
-        if on_logits is not None:
-            on_logits(index, logits)
-        return logits.new_zeros(1)
-
-    _run(model, batches, context, finish, forward_only=True)
-
-
-@torch.enable_grad()
-def backpropagate(model: Any, batches: Sequence[torch.Tensor], context: ParallelContext) -> None:
-    """Runs every batch forward and backward, at any pipeline size.
-
-    The loss is the negative log-likelihood of all next tokens in nats, summed over a batch: the
-    gradient of a token's prediction does not depend on how the text was cut into batches.
-
-    Args:
-        model: As ``forward_only`` takes it. Gradients go where the caller has asked for them, and
-            through a model of frozen parameters if its embeddings require them.
-        batches: Token ids, each ``[b, s]`` int64.
-        context: This process's place.
-
-    Raises:
-        ParallelismError: Context parallelism.
-    """
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-
-    def finish(index: int, logits: torch.Tensor) -> torch.Tensor:
-        targets = batches[index][:, 1:].to(logits.device)
-        losses: torch.Tensor = vocab_parallel_cross_entropy(logits[:, :-1].float(), targets)
-        return losses.sum()
-
-    _run(model, batches, context, finish, forward_only=False)
-
-
-def _run(
-    model: Any,
-    batches: Sequence[torch.Tensor],
-    context: ParallelContext,
-    finish: Callable[[int, torch.Tensor], torch.Tensor],
-    *,
-    forward_only: bool,
-) -> None:
     if context.cp_size > 1:
         raise ParallelismError(
             "sequences are not cut over context-parallel processes here",
@@ -98,14 +55,14 @@ def _run(
         micro_batch_size, seq_length = shape
         iterators = [_feed(items, context.device) for _ in chunks]
         run(
-            forward_step_func=_forward_step(finish, num_batches=len(items)),
+            forward_step_func=_forward_step(on_logits),
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(items),
             seq_length=seq_length,
             micro_batch_size=micro_batch_size,
             decoder_seq_length=seq_length,
-            forward_only=forward_only,
+            forward_only=True,
         )
 
 
@@ -116,18 +73,17 @@ def _feed(
         yield index, tokens.to(device, non_blocking=True)
 
 
-def _forward_step(
-    finish: Callable[[int, torch.Tensor], torch.Tensor], *, num_batches: int
-) -> Callable[..., Any]:
+def _forward_step(on_logits: OnLogits | None) -> Callable[..., Any]:
     def step(iterator: Iterator[tuple[int, torch.Tensor]], model: Any) -> tuple[Any, Any]:
         index, tokens = next(iterator)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         output = model(tokens, positions, None)
 
-        def loss(logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-            # The schedule takes the mean over the batches.
-            return finish(index, logits) * num_batches, {}
+        def finish(logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+            if on_logits is not None:
+                on_logits(index, logits)
+            return logits.new_zeros(1), {}
 
-        return output, loss
+        return output, finish
 
     return step
