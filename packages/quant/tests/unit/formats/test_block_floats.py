@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from modelopt.torch.quantization.qtensor import MXFP4QTensor, MXFP8QTensor, NVFP4QTensor
 from torch import Tensor
 
@@ -211,17 +209,20 @@ def test_nothing_but_zeros(name: str) -> None:
 def test_compressed_tensors_decodes_the_same(
     name: str, compressor: str, numbers: dict[str, int]
 ) -> None:
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
     tensors = pack(name, random_weight(torch.bfloat16))
     strategy = "tensor_group" if name in NVFP4 else "group"
-    args = QuantizationArgs(type="float", strategy=strategy, symmetric=True, **numbers)
+    args = quantization.QuantizationArgs(type="float", strategy=strategy, symmetric=True, **numbers)
     state = {
         "weight" if name == "mxfp8" else "weight_packed": tensors["weight"],
         "weight_scale": tensors["weight_scale"],
     }
     if name in NVFP4:
         state["weight_global_scale"] = tensors["weight_scale_2"].reciprocal()
-    scheme = QuantizationScheme(targets=["Linear"], weights=args)
-    decoded = BaseCompressor.get_value_from_registry(compressor).decompress(state, scheme)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=args)
+    kind = compressors.BaseCompressor.get_value_from_registry(compressor)
+    decoded = kind.decompress(state, scheme)
     # It multiplies in bfloat16.
     torch.testing.assert_close(decoded["weight"].float(), unpack(name, tensors), rtol=2**-6, atol=0)
 

@@ -79,7 +79,7 @@ def test_families(recipe: str, family: str, tmp_path: Path) -> None:
     assert run(model, out, "--recipe", recipe, *more) == 0
     exported = read_report(out).columns[-1].metrics
     assert exported["kl_memory"] < 1e-4
-    assert 0 < exported["kl"] < 0.5
+    assert 0 < exported["kl"] < 1
 
 
 def test_export_announces_itself_to_engines(finished: Path) -> None:
