@@ -31,7 +31,7 @@ from slimtron_common.parallel import ParallelContext, initialize_parallel
 from slimtron_quant.calibration.maxima import collecting_maxima
 from slimtron_quant.config import QuantizationConfig
 from slimtron_quant.quantizer import Quantizer, calibration_loop
-from slimtron_quant.recipes import quantization_recipe
+from slimtron_quant.recipes.scheme import quantization_scheme
 from slimtron_quant.summary import linear_modules
 
 
@@ -109,7 +109,8 @@ class Bench:
 
     def compare(self, recipe: str) -> tuple[str, ...]:
         settings = QuantizationConfig(algorithm=recipe, awq_block_size="auto")
-        config = quantization_recipe(settings, self.architecture)
+        scheme = quantization_scheme(settings, self.architecture)
+        config = scheme.modelopt_config()
         self.warm_up(config)
         quantizer, ours = Quantizer(settings), self.model()
         text = 0.0
@@ -118,9 +119,9 @@ class Bench:
             nonlocal text
             text += self.timed(lambda: self.loop(model))
 
-        algorithm = quantizer._attach(ours, self.context)
+        algorithm = quantizer._attach(ours, scheme)
         total = self.timed(lambda: quantizer._calibrate(ours, algorithm, loop))
-        checks = self.timed(lambda: quantizer._finish(ours, self.context))
+        checks = self.timed(lambda: quantizer._finish(ours, self.context, scheme))
         upstream = self.model()
         mtq.quantize(upstream, to_modelopt(config.with_algorithm(None)))
         peer = self.timed(lambda: mtq.calibrate(upstream, config.algorithm, self.loop))

@@ -93,12 +93,12 @@ class Quantizer:
         scheme.check_device(context.device.type)
         if scheme.needs_calibration and forward_loop is None:
             forward_loop = self._default_forward_loop(model, context)
-        calibration = self._attach(megatron, context)
+        calibration = self._attach(megatron, scheme)
         with _quiet_modelopt():
             self._calibrate(
                 megatron, calibration, forward_loop if scheme.needs_calibration else None
             )
-        self._finish(megatron, context)
+        self._finish(megatron, context, scheme)
         return model
 
     def restore(self, model: Any, directory: Path, context: ParallelContext) -> Any:
@@ -113,7 +113,7 @@ class Quantizer:
             CheckpointError: The calibration cannot be read or belongs to another model.
         """
         megatron = unwrap_model(model)
-        self._attach(megatron, context)
+        self._attach(megatron, self._scheme(megatron, context))
         restore_calibration(directory, megatron, context)
         return model
 
@@ -154,12 +154,11 @@ class Quantizer:
         )
         return self.export_config.path
 
-    def _attach(self, model: Any, context: ParallelContext) -> Algorithm:
+    def _attach(self, model: Any, scheme: Scheme) -> Algorithm:
         """Puts uncalibrated quantizers into a bare model; returns what calibrates them."""
         import modelopt.torch.quantization as mtq
 
         weight_expert_outputs(model)
-        scheme = self._scheme(model, context)
         config = scheme.modelopt_config(
             layer_offset=layer_offset(model), num_layers=len(model.decoder.layers)
         )
@@ -174,10 +173,10 @@ class Quantizer:
             tensor_parallel_size=context.tp_size,
         )
 
-    def _finish(self, model: nn.Module, context: ParallelContext) -> None:
+    def _finish(self, model: nn.Module, context: ParallelContext, scheme: Scheme) -> None:
         """Checks the scales of a calibrated model and describes what became of its layers."""
         self.mended = [*check_scales(model).mended, *floor_input_scales(model)]
-        self.layers = summarize(model, context, self._scheme(model, context).reasons)
+        self.layers = summarize(model, context, scheme.reasons)
 
     def _calibrate(
         self, model: nn.Module, algorithm: Algorithm, forward_loop: ForwardLoop | None

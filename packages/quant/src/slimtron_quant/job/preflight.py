@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from slimtron_common.data.sources import check_source
 from slimtron_common.errors import ConfigError, ParallelismError
 from slimtron_common.evaluation.reference import reference_bytes
 from slimtron_common.manifest import environment_versions
+from slimtron_common.memory import check_memory, required_memory, shard_parameters
 from slimtron_common.models import Architecture
 from slimtron_common.parallel.context import (
     check_world_size,
@@ -53,7 +53,16 @@ class Estimate:
     @property
     def memory(self) -> int:
         """All of these together, with a tenth for what the libraries take."""
-        return round(1.1 * (self.weights + self.activations + self.statistics))
+        return required_memory(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What one process holds in memory at one time."""
+        return {
+            "weights": self.weights,
+            "activations": self.activations,
+            "statistics": self.statistics,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +138,12 @@ def preflight(
         overwrite=overwrite or resume,
         required_bytes=0 if resume else estimate.disk,
     )
-    _check_memory(estimate, device)
+    check_memory(
+        estimate.parts,
+        device,
+        hint="raise tensor_parallel_size or pipeline_parallel_size, or lower the batch sizes and "
+        "sequence lengths",
+    )
     evaluation, calibration = _open_text(config, scheme, checkpoint)
     _check_sequences(evaluation, calibration, world_size // parallel.model_parallel_size)
     identity = {
@@ -268,9 +282,6 @@ def _estimate(
     architecture, parallel = checkpoint.architecture, config.parallel
     tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     parameters, itemsize = checkpoint.num_parameters, dtype.itemsize
-    embedding = architecture.vocab_size * architecture.hidden_size
-    # The stage with an embedding is the largest; a tied output layer is a second copy under PP.
-    stage = (parameters - embedding) / pipeline + embedding
     evaluation, quantization = config.evaluation, config.quantization
     calibrates = scheme.needs_calibration
     shapes = [(evaluation.micro_batch_size, evaluation.seq_length)]
@@ -292,7 +303,7 @@ def _estimate(
     if calibrates:
         tokens += quantization.calibration_dataset_size * quantization.calibration_seq_len
     return Estimate(
-        weights=round(stage * itemsize / tensor),
+        weights=round(shard_parameters(checkpoint, parallel) * itemsize),
         activations=round(activations),
         statistics=round(_awq_statistics(scheme) / tensor / pipeline),
         disk=round(
@@ -311,28 +322,3 @@ def _awq_statistics(scheme: Scheme) -> int:
         for name, layer in scheme.layers.items()
         if scheme.choices[name].recipe == scheme.recipe.name
     )
-
-
-def _check_memory(estimate: Estimate, device: str) -> None:
-    available = available_memory(device)
-    if estimate.memory > available:
-        raise ParallelismError(
-            "the model does not fit into the memory of one process",
-            where="parallel",
-            found=f"{estimate.memory / 2**30:.1f} GiB needed (weights "
-            f"{estimate.weights / 2**30:.1f}, activations {estimate.activations / 2**30:.1f}, "
-            f"statistics {estimate.statistics / 2**30:.1f}), "
-            f"{available / 2**30:.1f} GiB free",
-            hint="raise tensor_parallel_size or pipeline_parallel_size, or lower the batch sizes "
-            "and sequence lengths",
-        )
-
-
-def available_memory(device: str) -> int:
-    """Bytes that this process may take: of its GPU, or its share of the host's memory."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0]
-    with open("/proc/meminfo", encoding="ascii") as file:
-        lines = dict(line.split(":", 1) for line in file)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    return int(lines["MemAvailable"].split()[0]) * 1024 // processes

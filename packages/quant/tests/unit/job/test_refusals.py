@@ -279,9 +279,7 @@ def test_disk_is_full(
 def test_memory_is_too_small(
     arguments: Arguments, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from slimtron_quant.job import preflight
-
-    monkeypatch.setattr(preflight, "available_memory", lambda device: 1000)
+    monkeypatch.setattr("slimtron_common.memory.available_memory", lambda device: 1000)
     refused(arguments("run"), ("does not fit", "tensor_parallel_size"))
 
 
