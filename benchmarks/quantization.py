@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slimtron_common.config import build_config
+from slimtron_common.errors import ConfigError
 from slimtron_common.evaluation import evaluate
 from slimtron_common.integrations.modelopt import to_modelopt
 from slimtron_common.manifest import environment_versions
@@ -61,7 +62,11 @@ def main() -> None:
     rows = []
     for recipe in args.recipes.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            plan = _plan(args, recipe, Path(folder) / "out")
+            try:
+                plan = _plan(args, recipe, Path(folder) / "out")
+            except ConfigError as error:
+                print(f"{recipe} does not fit this model: {error}", flush=True)
+                continue
             rows.append(_measure(plan))
             print(rows[-1], flush=True)
     _print(rows, plan)
