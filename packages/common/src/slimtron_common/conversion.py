@@ -12,6 +12,7 @@ from torch import nn
 
 from slimtron_common.atomic import check_writable
 from slimtron_common.checkpoint import Checkpoint, open_checkpoint, parse_spec
+from slimtron_common.checkpoint.base import WRITTEN_KINDS
 from slimtron_common.checkpoint.huggingface import write_huggingface
 from slimtron_common.checkpoint.megatron import write_megatron
 from slimtron_common.checkpoint.writer import MAX_SHARD_BYTES, collective_directory
@@ -88,8 +89,8 @@ def plan_conversion(
     """Checks a conversion, reading headers only.
 
     Args:
-        source: ``hf:DIR`` or ``megatron:DIR``.
-        target: The same for the checkpoint to write.
+        source: ``hf:DIR``, ``megatron:DIR`` or ``nemo2:DIR``.
+        target: ``hf:DIR`` or ``megatron:DIR`` to write.
         dtype: torch's name of the type to write; the source's without it.
         parallel: How the model is cut while it is converted.
         device: Where the logits are compared.
@@ -101,7 +102,7 @@ def plan_conversion(
     """
     parallel = parallel or ParallelConfig()
     check_world_size(parallel, world_size or world_size_from_environment())
-    kind, path = parse_spec(target, where="DST")
+    kind, path = parse_spec(target, where="DST", kinds=WRITTEN_KINDS)
     checkpoint = open_checkpoint(source, where="SRC")
     written = checkpoint.compute_dtype(dtype, "") if dtype else checkpoint.dtype
     if kind == checkpoint.kind and written == checkpoint.dtype:

@@ -92,7 +92,7 @@ def inspect_checkpoint(spec: str) -> Inspection:
     A quantized Hugging Face directory is described too, though nothing else opens it.
 
     Args:
-        spec: ``hf:DIR`` or ``megatron:DIR``.
+        spec: ``hf:DIR``, ``megatron:DIR`` or ``nemo2:DIR``.
 
     Raises:
         ConfigError: ``spec`` is malformed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +45,30 @@ TOKENIZER_FILES = (
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
-_KINDS = ("hf", "megatron")
+KINDS = ("hf", "megatron", "nemo2")
+WRITTEN_KINDS = ("hf", "megatron")
 
 
-def parse_spec(spec: str, *, where: str = "model") -> tuple[str, Path]:
+def parse_spec(
+    spec: str, *, where: str = "model", kinds: Sequence[str] = KINDS
+) -> tuple[str, Path]:
     """Splits ``hf:DIR`` into its kind and path.
+
+    Args:
+        spec: What to split.
+        where: The config field that it came from, for messages.
+        kinds: The kinds that can be meant.
 
     Raises:
         ConfigError: The kind is missing or unknown.
     """
     kind, colon, path = spec.partition(":")
-    if not colon or kind not in _KINDS or not path:
+    if not colon or kind not in kinds or not path:
         raise ConfigError(
             "say the kind of the checkpoint and its directory",
             where=where,
             found=spec,
-            allowed=" or ".join(f"{kind}:DIR" for kind in _KINDS),
+            allowed=" or ".join(f"{kind}:DIR" for kind in kinds),
         )
     return kind, Path(path).expanduser()
 
@@ -70,8 +79,9 @@ def open_checkpoint(
     """Opens a checkpoint and reads what it is, without its weights.
 
     Args:
-        spec: ``hf:DIR`` (a Hugging Face directory with safetensors) or ``megatron:DIR`` (a
-            Megatron distributed checkpoint that Slimtron wrote).
+        spec: ``hf:DIR`` (a Hugging Face directory with safetensors), ``megatron:DIR`` (a
+            Megatron distributed checkpoint that Slimtron wrote) or ``nemo2:DIR`` (a checkpoint
+            of NeMo 2, which need not be installed).
         where: The config field that ``spec`` came from, for messages.
         trust_remote_code: Whether the tokenizer may run code that comes with the model.
 
@@ -82,16 +92,23 @@ def open_checkpoint(
     """
     from slimtron_common.checkpoint.huggingface import HuggingFaceCheckpoint
     from slimtron_common.checkpoint.megatron import MegatronCheckpoint
+    from slimtron_common.checkpoint.nemo2 import Nemo2Checkpoint
 
     kind, path = parse_spec(spec, where=where)
-    opener = {"hf": HuggingFaceCheckpoint, "megatron": MegatronCheckpoint}[kind]
-    return opener(path, trust_remote_code=trust_remote_code)
+    openers: dict[str, type[Checkpoint]] = {
+        "hf": HuggingFaceCheckpoint,
+        "megatron": MegatronCheckpoint,
+        "nemo2": Nemo2Checkpoint,
+    }
+    return openers[kind](path, trust_remote_code=trust_remote_code)
 
 
 class Checkpoint(ABC):
     """A checkpoint whose architecture is known and whose weights are still on disk."""
 
     kind: str
+    config_name = CONFIG_NAME
+    """The file that says what the model is."""
 
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         if not path.is_dir():
@@ -100,14 +117,21 @@ class Checkpoint(ABC):
                 "the model's directory does not exist",
                 where=path,
                 found=found,
-                hint="give the directory that holds config.json; "
+                hint=f"give the directory that holds {self.config_name}; "
                 "`slimtron-common demo-model DIR` writes a small real one",
             )
         self.path = path
         self.trust_remote_code = trust_remote_code
-        self.architecture: Architecture = architecture_from_config(
-            read_json(path / CONFIG_NAME), source=str(path / CONFIG_NAME)
-        )
+        self.architecture = self._read_architecture()
+
+    def _read_architecture(self) -> Architecture:
+        path = self.path / self.config_name
+        return architecture_from_config(read_json(path), source=str(path))
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Directory of the tokenizer's files."""
+        return self.path
 
     @property
     def num_parameters(self) -> int:
@@ -138,7 +162,7 @@ class Checkpoint(ABC):
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise CheckpointError(
                 "the type of the weights is unknown",
-                where=self.path / CONFIG_NAME,
+                where=self.path / self.config_name,
                 found=self.architecture.dtype,
                 allowed="float32, bfloat16, float16",
             )
@@ -162,7 +186,7 @@ class Checkpoint(ABC):
         Raises:
             CheckpointError: As ``load_tokenizer``, or the tokenizer is another model's.
         """
-        tokenizer = load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
+        tokenizer = load_tokenizer(self.tokenizer_path, trust_remote_code=self.trust_remote_code)
         if len(tokenizer) > self.architecture.vocab_size:
             raise CheckpointError(
                 "the tokenizer has more tokens than the model has embeddings",
@@ -174,7 +198,8 @@ class Checkpoint(ABC):
 
     def companion_files(self) -> list[Path]:
         """Tokenizer and generation settings, to be copied to what is made of the model."""
-        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+        paths = [self.tokenizer_path / name for name in TOKENIZER_FILES]
+        return [path for path in paths if path.is_file()]
 
 
 def has_tokenizer(path: Path) -> bool:

@@ -27,7 +27,7 @@ from slimtron_common.models.huggingface import config_from_architecture
 from slimtron_common.parallel.context import ParallelContext
 from slimtron_common.parallel.unwrap import unwrap_model
 
-__all__ = ["MegatronCheckpoint", "save_megatron", "write_megatron"]
+__all__ = ["MegatronCheckpoint", "load_distributed", "save_megatron", "write_megatron"]
 
 WEIGHTS_DIR = "weights"
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -48,7 +48,8 @@ class MegatronCheckpoint(Checkpoint):
                 found="no metadata.json",
                 hint="save the checkpoint again",
             )
-        rows = check_metadata(self.weights).get(_EMBEDDING, (0,))[0]
+        stored = check_metadata(self.weights).get(_EMBEDDING)
+        rows = stored.shape[0] if stored else 0
         # Megatron-Core pads the embedding and would fill up a shorter one without a word.
         if rows < self.architecture.vocab_size:
             raise CheckpointError(
@@ -63,32 +64,47 @@ class MegatronCheckpoint(Checkpoint):
         return sum(file.stat().st_size for file in self.weights.rglob("*") if file.is_file())
 
     def load(self, model: nn.Module, context: ParallelContext) -> None:
-        from megatron.core.dist_checkpointing.core import CheckpointingException
+        load_distributed(model, self.weights)
 
-        model = unwrap_model(model)
-        try:
-            with refuse_code(), warnings.catch_warnings():
-                # Megatron-Core reads by functions that torch is about to rename.
-                warnings.simplefilter("ignore", FutureWarning)
-                state = load_sharded(_sharded_weights(model), self.weights)
-        except (
-            CheckpointingException,
-            CheckpointException,
-            pickle.UnpicklingError,
-            OSError,
-            RuntimeError,
-        ) as error:
-            raise CheckpointError(
-                "the weights are damaged or not those of this model",
-                where=self.weights,
-                found=str(error).strip().rpartition("\n")[2],
-            ) from error
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        lost = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
-        if lost:
-            raise CheckpointError(
-                "the checkpoint does not match the model", where=self.weights, found=lost[:3]
-            )
+
+def load_distributed(model: nn.Module, directory: Path, *, prefix: str = "") -> None:
+    """Fills a model from a ``torch_dist`` checkpoint, reading no more than the model's weights.
+
+    Args:
+        model: A Megatron-Core model or what holds it, at any tensor and pipeline size.
+        directory: The distributed checkpoint, its index checked by ``check_metadata``.
+        prefix: What the names in the checkpoint have before those of the model.
+
+    Raises:
+        CheckpointError: The weights are damaged or not those of this model.
+    """
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    model = unwrap_model(model)
+    try:
+        with refuse_code(), warnings.catch_warnings():
+            # Megatron-Core reads by functions that torch is about to rename.
+            warnings.simplefilter("ignore", FutureWarning)
+            state = load_sharded(_sharded_weights(model, prefix), directory)
+    except (
+        CheckpointingException,
+        CheckpointException,
+        pickle.UnpicklingError,
+        OSError,
+        RuntimeError,
+    ) as error:
+        raise CheckpointError(
+            "the weights are damaged or not those of this model",
+            where=directory,
+            found=str(error).strip().rpartition("\n")[2],
+        ) from error
+    weights = {name.removeprefix(prefix): value for name, value in state.items()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    lost = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
+    if lost:
+        raise CheckpointError(
+            "the checkpoint does not match the model", where=directory, found=lost[:3]
+        )
 
 
 def save_megatron(
@@ -148,7 +164,7 @@ def write_megatron(
     context.barrier()
 
 
-def _sharded_weights(model: Any) -> dict[str, Any]:
+def _sharded_weights(model: Any, prefix: str = "") -> dict[str, Any]:
     # Transformer Engine's extra state holds FP8 training recipes, which weights do not need.
-    sharded = model.sharded_state_dict(prefix="")
+    sharded = model.sharded_state_dict(prefix=prefix)
     return {name: value for name, value in sharded.items() if "_extra_state" not in name}

@@ -13,13 +13,13 @@ import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from slimtron_common.errors import CheckpointError
 
-__all__ = ["check_metadata", "refuse_code"]
+__all__ = ["StoredTensor", "check_metadata", "refuse_code"]
 
 _ALLOWED = {
     "builtins": {"dict", "list", "set", "tuple", "slice", "int", "str"},
@@ -51,6 +51,18 @@ _ALLOWED = {
 }
 
 
+class StoredTensor(NamedTuple):
+    """What a distributed checkpoint's index says of a whole tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its values."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -75,11 +87,11 @@ def refuse_code() -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def check_metadata(directory: Path) -> dict[str, tuple[int, ...]]:
+def check_metadata(directory: Path) -> dict[str, StoredTensor]:
     """Checks the pickled index of a distributed checkpoint.
 
     Returns:
-        The shape of every tensor in it.
+        Every tensor in it by its name.
 
     Raises:
         CheckpointError: The index is missing, corrupt, or names something that is no part of
@@ -89,7 +101,11 @@ def check_metadata(directory: Path) -> dict[str, tuple[int, ...]]:
     try:
         index = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
         entries = index.state_dict_metadata.items()
-        return {name: tuple(entry.size) for name, entry in entries if hasattr(entry, "size")}
+        return {
+            name: StoredTensor(tuple(entry.size), entry.properties.dtype)
+            for name, entry in entries
+            if hasattr(entry, "size")
+        }
     except FileNotFoundError as error:
         raise CheckpointError(
             "the index of the distributed checkpoint is missing", where=path

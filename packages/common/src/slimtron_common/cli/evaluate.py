@@ -18,7 +18,7 @@ Exit code: 0 done, 1 failed, 2 refused.
 
 def register(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``evaluate``."""
-    parser.add_argument("model", metavar="KIND:DIR", help="hf:DIR or megatron:DIR")
+    parser.add_argument("model", metavar="KIND:DIR", help="hf:DIR, megatron:DIR or nemo2:DIR")
     parser.add_argument(
         "--against", metavar="KIND:DIR", help="the model to measure the distance from"
     )

@@ -23,7 +23,7 @@ No weights are loaded. Exit code: 0 it is sound as far as its headers tell, 2 it
 
 def register(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``inspect``."""
-    parser.add_argument("model", metavar="KIND:DIR", help="hf:DIR or megatron:DIR")
+    parser.add_argument("model", metavar="KIND:DIR", help="hf:DIR, megatron:DIR or nemo2:DIR")
     parser.add_argument("--json", action="store_true", help="print JSON for other programs")
 
 

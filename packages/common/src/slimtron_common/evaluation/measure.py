@@ -65,7 +65,7 @@ def plan_evaluation(
     """Checks an evaluation, reading headers and text but no weights.
 
     Args:
-        model: ``hf:DIR`` or ``megatron:DIR``.
+        model: ``hf:DIR``, ``megatron:DIR`` or ``nemo2:DIR``.
         config: The text.
         against: The same for the model to measure the distance from.
         parallel: How both models are cut.

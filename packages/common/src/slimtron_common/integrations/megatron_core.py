@@ -2,7 +2,7 @@
 
 Where a distributed checkpoint's common state lies: beside the sharded tensors a checkpoint has
 one more object, which every process reads. Up to 0.16 it is the file ``common.pt``; 0.19 keeps it
-among the tensors, and reads either. Weights alone have nothing in it.
+among the tensors, and reads either. It holds no weight, so 0.16 is told not to open it.
 
 And whether a router can do without Transformer Engine.
 """
@@ -41,8 +41,7 @@ def load_sharded(sharded: dict[str, Any], directory: Path) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
 
     options: dict[str, Any] = {}
-    takes_strategy = "common_strategy" in inspect.signature(dist_checkpointing.load).parameters
-    if takes_strategy and not (directory / "common.pt").exists():
+    if "common_strategy" in inspect.signature(dist_checkpointing.load).parameters:
         from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 
         class NoCommonState(TorchCommonLoadStrategy):  # type: ignore[misc]

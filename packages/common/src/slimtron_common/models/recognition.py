@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from slimtron_common.errors import UnsupportedModelError
@@ -9,7 +10,7 @@ from slimtron_common.models.adjustments import scales_embeddings
 from slimtron_common.models.architecture import Activation, Architecture, MixtureOfExperts
 from slimtron_common.models.families import FAMILIES
 
-__all__ = ["architecture_of"]
+__all__ = ["ModelFields", "architecture_of", "recognize"]
 
 _ACTIVATIONS: dict[tuple[str, bool], Activation] = {
     ("silu", True): "swiglu",
@@ -48,11 +49,59 @@ _FIXED_MOE = {
 }
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFields:
+    """What tells a model, as Megatron-Core's config and its ``GPTModel`` name it."""
+
+    config: Any
+    """A ``TransformerConfig``, or an object with its fields; a function may stand there by its
+    name."""
+
+    vocab_size: int
+    max_sequence_length: int
+    position_embedding_type: str
+    rotary_percent: float
+    rotary_base: float
+    rotary_scaling_factor: float | None
+    """Llama 3's; None without."""
+
+    seq_len_interpolation_factor: float | None
+    share_embeddings_and_output_weights: bool
+    scaled_embeddings: bool
+
+
 def architecture_of(model: Any) -> Architecture:
     """Reads the architecture off a model.
 
     Args:
         model: A bare ``GPTModel``.
+
+    Raises:
+        UnsupportedModelError: The model is of no family in ``FAMILIES``.
+    """
+    # Only the first pipeline stage has the embedding. No other family takes Gemma's activation.
+    embedding = getattr(model, "embedding", None)
+    rotary = getattr(model, "rotary_pos_emb", None)
+    return recognize(
+        ModelFields(
+            config=model.config,
+            vocab_size=model.vocab_size,
+            max_sequence_length=model.max_sequence_length,
+            position_embedding_type=model.position_embedding_type,
+            rotary_percent=model.rotary_percent,
+            rotary_base=model.rotary_base,
+            rotary_scaling_factor=_rotary_scaling_factor(model),
+            seq_len_interpolation_factor=getattr(rotary, "seq_len_interpolation_factor", None),
+            share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+            scaled_embeddings=_activation(model.config) == "geglu"
+            if embedding is None
+            else scales_embeddings(embedding),
+        )
+    )
+
+
+def recognize(model: ModelFields) -> Architecture:
+    """Finds the family of a model and describes it.
 
     Raises:
         UnsupportedModelError: The model is of no family in ``FAMILIES``.
@@ -91,7 +140,6 @@ def architecture_of(model: Any) -> Architecture:
             f"scaled embeddings {traits['scaled_embeddings']}",
             allowed=", ".join(FAMILIES),
         )
-    rotary = getattr(model, "rotary_pos_emb", None)
     return Architecture(
         family=family,
         num_layers=config.num_layers,
@@ -104,34 +152,33 @@ def architecture_of(model: Any) -> Architecture:
         max_position_embeddings=model.max_sequence_length,
         norm_epsilon=config.layernorm_epsilon,
         rotary_base=float(model.rotary_base),
-        rotary_scaling_factor=_rotary_scaling_factor(model),
-        rotary_interpolation=getattr(rotary, "seq_len_interpolation_factor", None),
+        rotary_scaling_factor=model.rotary_scaling_factor,
+        rotary_interpolation=model.seq_len_interpolation_factor,
         rotary_fraction=fraction,
         moe=moe,
         tied_embeddings=model.share_embeddings_and_output_weights,
         sliding_window=window,
-        dtype=str(config.params_dtype).removeprefix("torch."),
+        dtype=_name(config.params_dtype).removeprefix("torch."),
         **traits,
     )
 
 
-def _traits(model: Any) -> dict[str, Any]:
+def _traits(model: ModelFields) -> dict[str, Any]:
     """What families differ in; a value that none has is None."""
     config = model.config
-    activation = _ACTIVATIONS.get((_name(config.activation_func), config.gated_linear_unit))
-    # Only the first pipeline stage has the embedding. No other family takes Gemma's activation.
-    embedding = getattr(model, "embedding", None)
     return {
-        "activation": activation,
+        "activation": _activation(config),
         "normalization": _NORMALIZATIONS.get(
             (config.normalization, bool(config.layernorm_zero_centered_gamma))
         ),
-        "scaled_embeddings": activation == "geglu"
-        if embedding is None
-        else scales_embeddings(embedding),
+        "scaled_embeddings": model.scaled_embeddings,
         "qkv_bias": bool(config.add_qkv_bias),
         "qk_norm": bool(config.qk_layernorm),
     }
+
+
+def _activation(config: Any) -> Activation | None:
+    return _ACTIVATIONS.get((_name(config.activation_func), config.gated_linear_unit))
 
 
 def _family(

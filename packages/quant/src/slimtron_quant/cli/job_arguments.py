@@ -16,7 +16,7 @@ _FLAGS: tuple[tuple[str, tuple[tuple[str, str, type, str, str], ...]], ...] = (
     (
         "what",
         (
-            ("--model", "model", str, "KIND:DIR", "hf:DIR or megatron:DIR"),
+            ("--model", "model", str, "KIND:DIR", "hf:DIR, megatron:DIR or nemo2:DIR"),
             ("--recipe", "quantization.algorithm", str, "NAME",
              "see `slimtron-quant recipes`; modelopt:NAME, or a .yaml or .json file"),
             ("--out", "export.path", str, "DIR", "the directory to write"),

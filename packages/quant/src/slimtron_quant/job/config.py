@@ -20,7 +20,7 @@ class QuantJobConfig:
     """One job: which model, to what, proved how, written where."""
 
     model: str
-    """``hf:DIR`` or ``megatron:DIR``."""
+    """``hf:DIR``, ``megatron:DIR`` or ``nemo2:DIR``."""
 
     export: ExportConfig
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
