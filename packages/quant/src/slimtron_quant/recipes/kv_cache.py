@@ -111,7 +111,9 @@ def kv_cache_in(config: QuantConfig, *, name: str, where: str) -> KvCache | None
         return None
     attributes = dict(cached[0][0])
     codes = {
-        k: v for k, v in attributes.items() if k not in _DESCRIPTIVE and v not in (None, False)
+        key: value
+        for key, value in attributes.items()
+        if key not in _DESCRIPTIVE and value is not None and value is not False
     }
     qformat = next((key for key, known in _CODES.items() if known == codes), None)
     if qformat is None or len(cached[0]) > 1:

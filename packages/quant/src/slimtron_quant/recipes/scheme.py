@@ -67,6 +67,13 @@ class Scheme:
             or (self.kv_cache is not None and self.kv_cache.needs_calibration)
         )
 
+    @property
+    def needs_cuda(self) -> bool:
+        """Whether ModelOpt computes one of the formats on a GPU only."""
+        return any(item.needs_cuda for item in self.settings.values()) or (
+            self.kv_cache is not None and self.kv_cache.needs_cuda
+        )
+
     def modelopt_config(
         self, *, layer_offset: int = 0, num_layers: int | None = None, expert_offset: int = 0
     ) -> QuantConfig:
@@ -126,26 +133,23 @@ class Scheme:
         Raises:
             ConfigError: Naming the recipes that run here.
         """
-        if device == "cuda":
+        if device == "cuda" or not self.needs_cuda:
             return
-        hint = "`slimtron-common doctor` shows whether this machine has a usable GPU"
-        for module, item in self.settings.items():
-            if item.needs_cuda:
-                raise ConfigError(
-                    "ModelOpt computes this format on a CUDA GPU only",
-                    where=self.setting_of(module),
-                    found=f"{self.choices[module].recipe} on {device}",
-                    allowed=", ".join(n for n, recipe in RECIPES.items() if not recipe.needs_cuda),
-                    hint=hint,
-                )
-        if self.kv_cache is not None and self.kv_cache.needs_cuda:
-            raise ConfigError(
-                "ModelOpt computes a KV cache of this format on a CUDA GPU only",
-                where=self.kv_cache.where,
-                found=f"{self.kv_cache.qformat} on {device}",
-                allowed=", ".join(q for q in KV_CACHE_BITS if q != self.kv_cache.qformat),
-                hint=hint,
-            )
+        module = next((m for m, item in self.settings.items() if item.needs_cuda), None)
+        if module is not None:
+            where, name = self.setting_of(module), self.choices[module].recipe
+            allowed = [name for name, recipe in RECIPES.items() if not recipe.needs_cuda]
+        else:
+            assert self.kv_cache is not None
+            where, name = self.kv_cache.where, f"KV cache in {self.kv_cache.qformat}"
+            allowed = [qformat for qformat in KV_CACHE_BITS if qformat != self.kv_cache.qformat]
+        raise ConfigError(
+            "ModelOpt computes this format on a CUDA GPU only",
+            where=where,
+            found=f"{name} on {device}",
+            allowed=", ".join(allowed),
+            hint="`slimtron-common doctor` shows whether this machine has a usable GPU",
+        )
 
     def _algorithm(self, overridden: list[str]) -> str | Mapping[str, Any] | None:
         algorithm = self.config.algorithm
