@@ -13,7 +13,7 @@ from typing import Literal
 
 from slimtron_common.errors import ConfigError
 from slimtron_quant.recipes import check_recipe_name
-from slimtron_quant.recipes.kv_cache import KV_CACHE_BITS
+from slimtron_quant.recipes.kv_cache import KV_CACHE_QFORMATS
 from slimtron_quant.recipes.table import is_file
 
 __all__ = ["ExportConfig", "QuantizationConfig"]
@@ -97,7 +97,7 @@ class QuantizationConfig:
             field = f"calibration_{name}"
             _check_positive(field, getattr(self, field), "a positive integer")
         _check("sq_alpha", self.sq_alpha, 0 <= self.sq_alpha <= 1, "a number from 0 to 1")
-        _check_choice("kv_cache_qformat", self.kv_cache_qformat, tuple(KV_CACHE_BITS))
+        _check_choice("kv_cache_qformat", self.kv_cache_qformat, KV_CACHE_QFORMATS)
         _check(
             "calibration_dataset",
             self.calibration_dataset,

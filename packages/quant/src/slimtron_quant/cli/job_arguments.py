@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slimtron_quant.recipes.kv_cache import KV_CACHE_BITS
+from slimtron_quant.recipes.kv_cache import KV_CACHE_QFORMATS
 
 if TYPE_CHECKING:
     from slimtron_quant.job.config import QuantJobConfig
@@ -85,7 +85,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
             group.add_argument(
                 "--kv-cache",
                 dest="quantization.kv_cache",
-                choices=(*KV_CACHE_BITS, "none"),
+                choices=(*KV_CACHE_QFORMATS, "none"),
                 help="quantize the KV cache too, or with `--recipe none` alone",
             )
             group.add_argument(

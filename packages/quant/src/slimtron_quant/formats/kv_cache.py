@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from slimtron_common.errors import CheckpointError
+from slimtron_common.models.architecture import Architecture
 from slimtron_quant.formats import format_named
 from slimtron_quant.formats.codes import E2M1_MAX
 
@@ -18,6 +19,7 @@ __all__ = [
     "KV_QUANTIZERS",
     "KvCacheFormat",
     "attentions",
+    "describe_kv_cache",
     "kv_cache_format",
     "kv_cache_format_announced",
 ]
@@ -39,6 +41,9 @@ class KvCacheFormat:
 
     num_bits: tuple[int, int]
     """Exponent and mantissa bits of ModelOpt's quantizer."""
+
+    bits: float
+    """Bits of a cached number, scales of blocks included."""
 
     codes_per_scale: float = 1.0
     """Largest code of a number, where the scale on disk is that of the scales of its blocks."""
@@ -65,12 +70,15 @@ KV_CACHE_FORMATS: Mapping[str, KvCacheFormat] = MappingProxyType(
                 quant_algo="FP8",
                 scheme={"dynamic": False, "num_bits": 8, "type": "float"},
                 num_bits=(4, 3),
+                bits=8,
             ),
             KvCacheFormat(
                 name="nvfp4",
                 quant_algo="NVFP4",
                 scheme="NVFP4",
                 num_bits=(2, 1),
+                # An 8-bit scale for each 16.
+                bits=4.5,
                 codes_per_scale=E2M1_MAX,
             ),
         )
@@ -95,6 +103,21 @@ def kv_cache_format_announced(quant_algo: str | None) -> KvCacheFormat | None:
             allowed=", ".join(f.quant_algo for f in KV_CACHE_FORMATS.values()),
         )
     return found
+
+
+def describe_kv_cache(fmt: KvCacheFormat | None, architecture: Architecture, itemsize: int) -> str:
+    """Says what the cache of a token takes.
+
+    Args:
+        fmt: The cache's format; None for the type that the model computes in.
+        architecture: The whole model.
+        itemsize: Bytes of a number of that type.
+    """
+    numbers = 2 * architecture.num_layers * architecture.num_query_groups * architecture.head_dim
+    before = f"{numbers * itemsize:,} bytes a token"
+    if fmt is None:
+        return f"as it was, {before}"
+    return f"{fmt.name}, {numbers * fmt.bits / 8:,.0f} where there were {before}"
 
 
 def attentions(model: Any) -> Iterator[tuple[Any, Any]]:

@@ -25,9 +25,9 @@ from slimtron_common.parallel.context import (
 )
 from slimtron_common.workdir import check_resumable
 from slimtron_quant.config import QuantizationConfig
+from slimtron_quant.formats.kv_cache import KV_CACHE_FORMATS, describe_kv_cache
 from slimtron_quant.job.config import QuantJobConfig
 from slimtron_quant.recipes import Recipe, Scheme, quantization_scheme
-from slimtron_quant.recipes.kv_cache import describe_kv_cache
 
 __all__ = ["Estimate", "Plan", "preflight"]
 
@@ -97,7 +97,9 @@ class Plan:
         kv_cache = self.scheme.kv_cache
         dtype: torch.dtype = getattr(torch, self.config.export.torch_dtype)
         return describe_kv_cache(
-            kv_cache.qformat if kv_cache else None, self.checkpoint.architecture, dtype.itemsize
+            KV_CACHE_FORMATS[kv_cache.qformat] if kv_cache else None,
+            self.checkpoint.architecture,
+            dtype.itemsize,
         )
 
 

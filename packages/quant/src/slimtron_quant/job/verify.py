@@ -16,7 +16,7 @@ from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import initialize_parallel
 from slimtron_common.report import Column, Comparison, Number
 from slimtron_quant.export.reader import ExportedModel
-from slimtron_quant.recipes.kv_cache import describe_kv_cache
+from slimtron_quant.formats.kv_cache import describe_kv_cache
 
 __all__ = ["verify_directory"]
 
@@ -78,9 +78,7 @@ def verify_directory(
             "Formats": ", ".join(f"{count} modules {name}" for name, count in formats.items())
             or "all weights as they were",
             "KV cache": describe_kv_cache(
-                exported.kv_cache and exported.kv_cache.name,
-                exported.architecture,
-                exported.dtype.itemsize,
+                exported.kv_cache, exported.architecture, exported.dtype.itemsize
             ),
             "Measured on": f"{source}: {num_tokens} tokens in sequences of {seq_length}",
         },

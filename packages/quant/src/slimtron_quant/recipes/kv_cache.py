@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from slimtron_common.errors import ConfigError
 from slimtron_common.integrations.modelopt import QuantConfig, QuantizerEntry, named_config
 from slimtron_quant.recipes.settings import Attributes, quantizer_settings
 
-if TYPE_CHECKING:
-    from slimtron_common.models.architecture import Architecture
+__all__ = ["KV_CACHE_QFORMATS", "KvCache", "kv_cache_in", "named_kv_cache"]
 
-__all__ = ["KV_CACHE_BITS", "KvCache", "describe_kv_cache", "kv_cache_in", "named_kv_cache"]
-
-KV_CACHE_BITS: Mapping[str, float] = MappingProxyType({"fp8": 8, "nvfp4": 4.5})
-"""Format -> bits of a cached number. NVFP4 has an 8-bit scale for each 16."""
+KV_CACHE_QFORMATS = ("fp8", "nvfp4")
+"""Formats of a quantized KV cache."""
 
 _CONFIGS = {"fp8": "FP8_KV_CFG", "nvfp4": "NVFP4_KV_CFG"}
 _CODES: Mapping[str, Attributes] = {
@@ -42,7 +37,7 @@ class KvCache:
     """A quantized KV cache."""
 
     qformat: str
-    """A key of ``KV_CACHE_BITS``."""
+    """One of ``KV_CACHE_QFORMATS``."""
 
     attributes: Attributes
     """Of ModelOpt's quantizers of keys and values."""
@@ -67,7 +62,7 @@ class KvCache:
 
 
 def named_kv_cache(qformat: str, *, where: str = "kv_cache_qformat") -> KvCache:
-    """Returns ModelOpt's own settings of a format, a key of ``KV_CACHE_BITS``."""
+    """Returns ModelOpt's own settings of a format."""
     found = kv_cache_in(named_config(_CONFIGS[qformat]), name=_CONFIGS[qformat], where=where)
     assert found is not None, "ModelOpt's config of the KV cache has a place for it"
     return found
@@ -124,21 +119,6 @@ def kv_cache_in(config: QuantConfig, *, name: str, where: str) -> KvCache | None
             allowed="; ".join(f"{key}: {dict(known)}" for key, known in _CODES.items()),
         )
     return KvCache(qformat=qformat, attributes=attributes, where=where)
-
-
-def describe_kv_cache(qformat: str | None, architecture: Architecture, itemsize: int) -> str:
-    """Says what the cache of a token takes.
-
-    Args:
-        qformat: The cache's format, None for one as the model computes.
-        architecture: The whole model.
-        itemsize: Bytes of a number of the type that the model computes in.
-    """
-    numbers = 2 * architecture.num_layers * architecture.num_query_groups * architecture.head_dim
-    before = f"{numbers * itemsize:,} bytes a token"
-    if qformat is None:
-        return f"as it was, {before}"
-    return f"{qformat}, {numbers * KV_CACHE_BITS[qformat] / 8:,.0f} where there were {before}"
 
 
 def _probe(quantizer: str, layer: int) -> str:

@@ -12,7 +12,7 @@ from slimtron_common.errors import ConfigError
 from slimtron_common.integrations.modelopt import QuantConfig, QuantizerEntry
 from slimtron_common.models.architecture import Architecture
 from slimtron_quant.recipes.blocks import fitting_block_size
-from slimtron_quant.recipes.kv_cache import KV_CACHE_BITS, KvCache, named_kv_cache
+from slimtron_quant.recipes.kv_cache import KV_CACHE_QFORMATS, KvCache, named_kv_cache
 from slimtron_quant.recipes.modules import Choice, choose
 from slimtron_quant.recipes.overrides import PLAIN_METHODS, check_override
 from slimtron_quant.recipes.rules import with_model_rules
@@ -142,7 +142,7 @@ class Scheme:
         else:
             assert self.kv_cache is not None
             where, name = self.kv_cache.where, f"KV cache in {self.kv_cache.qformat}"
-            allowed = [qformat for qformat in KV_CACHE_BITS if qformat != self.kv_cache.qformat]
+            allowed = [qformat for qformat in KV_CACHE_QFORMATS if qformat != self.kv_cache.qformat]
         raise ConfigError(
             "ModelOpt computes this format on a CUDA GPU only",
             where=where,

@@ -14,12 +14,14 @@ from torch import nn
 
 from slimtron_common.errors import CheckpointError
 from slimtron_common.integrations.modelopt import make_quantizer
+from slimtron_common.models.architecture import Architecture
 from slimtron_quant.calibration.kv_cache import raise_kv_scales
 from slimtron_quant.export.kv_cache import kv_cache_scales
 from slimtron_quant.formats.detect import LayerFormat
 from slimtron_quant.formats.hf_quant_config import config_json_quantization, hf_quant_config
 from slimtron_quant.formats.kv_cache import (
     KV_CACHE_FORMATS,
+    describe_kv_cache,
     kv_cache_format,
     kv_cache_format_announced,
 )
@@ -123,3 +125,30 @@ def test_both_files_announce_it(qformat: str, weights: LayerFormat | None) -> No
 def test_an_unknown_cache_is_refused() -> None:
     with pytest.raises(CheckpointError, match="INT8"):
         kv_cache_format_announced("INT8")
+
+
+def test_memory_of_a_token() -> None:
+    # SmolLM2-135M.
+    architecture = Architecture(
+        family="llama",
+        num_layers=30,
+        hidden_size=576,
+        ffn_hidden_size=1536,
+        num_attention_heads=9,
+        num_query_groups=3,
+        head_dim=64,
+        vocab_size=512,
+        max_position_embeddings=64,
+        norm_epsilon=1e-5,
+        rotary_base=10000.0,
+    )
+
+    def described(name: str | None, itemsize: int) -> str:
+        fmt = None if name is None else KV_CACHE_FORMATS[name]
+        return describe_kv_cache(fmt, architecture, itemsize)
+
+    # 2 x 30 layers x 3 heads x 64 numbers.
+    assert described(None, 2) == "as it was, 23,040 bytes a token"
+    assert described("fp8", 2) == "fp8, 11,520 where there were 23,040 bytes a token"
+    # Half a byte, and a byte for 16 numbers.
+    assert described("nvfp4", 4) == "nvfp4, 6,480 where there were 46,080 bytes a token"

@@ -17,7 +17,7 @@ from slimtron_common.integrations.modelopt import (
 from slimtron_common.models.architecture import Architecture
 from slimtron_quant.config import QuantizationConfig
 from slimtron_quant.recipes import Scheme, quantization_scheme
-from slimtron_quant.recipes.kv_cache import describe_kv_cache, kv_cache_in, named_kv_cache
+from slimtron_quant.recipes.kv_cache import kv_cache_in, named_kv_cache
 from slimtron_quant.recipes.settings import quantizer_settings
 from slimtron_quant.recipes.sources import load_source
 
@@ -159,11 +159,3 @@ def test_parts_of_a_cache_are_refused(entries: list[tuple[str, dict[str, Any]]])
     with pytest.raises(ConfigError, match=r"r\.json") as error:
         kv_cache_in(config, name="r.json", where="quant_cfg")
     assert error.value.where == "quant_cfg"
-
-
-def test_memory_of_a_token() -> None:
-    # 2 x 30 layers x 3 heads x 64 numbers.
-    assert describe_kv_cache(None, SMOLLM, 2) == "as it was, 23,040 bytes a token"
-    assert describe_kv_cache("fp8", SMOLLM, 2).startswith("fp8, 11,520 where there were 23,040")
-    # Half a byte, and a byte for 16 numbers.
-    assert describe_kv_cache("nvfp4", SMOLLM, 4).startswith("nvfp4, 6,480 where there were 46,080")
