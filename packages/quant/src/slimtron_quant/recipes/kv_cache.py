@@ -42,9 +42,6 @@ class KvCache:
     attributes: Attributes
     """Of ModelOpt's quantizers of keys and values."""
 
-    where: str
-    """The setting that asked for it."""
-
     @property
     def needs_calibration(self) -> bool:
         """Whether text has to run through the model for its scales."""
@@ -61,9 +58,10 @@ class KvCache:
         return QuantizerEntry("*[kv]_bmm_quantizer", self.attributes, enable=True)
 
 
-def named_kv_cache(qformat: str, *, where: str = "kv_cache_qformat") -> KvCache:
+def named_kv_cache(qformat: str) -> KvCache:
     """Returns ModelOpt's own settings of a format."""
-    found = kv_cache_in(named_config(_CONFIGS[qformat]), name=_CONFIGS[qformat], where=where)
+    name = _CONFIGS[qformat]
+    found = kv_cache_in(named_config(name), name=name, where="kv_cache_qformat")
     assert found is not None, "ModelOpt's config of the KV cache has a place for it"
     return found
 
@@ -118,7 +116,7 @@ def kv_cache_in(config: QuantConfig, *, name: str, where: str) -> KvCache | None
             found=f"{name}: {codes}",
             allowed="; ".join(f"{key}: {dict(known)}" for key, known in _CODES.items()),
         )
-    return KvCache(qformat=qformat, attributes=attributes, where=where)
+    return KvCache(qformat=qformat, attributes=attributes)
 
 
 def _probe(quantizer: str, layer: int) -> str:

@@ -141,8 +141,10 @@ class Scheme:
             allowed = [name for name, recipe in RECIPES.items() if not recipe.needs_cuda]
         else:
             assert self.kv_cache is not None
-            where, name = self.kv_cache.where, f"KV cache in {self.kv_cache.qformat}"
-            allowed = [qformat for qformat in KV_CACHE_QFORMATS if qformat != self.kv_cache.qformat]
+            qformat = self.kv_cache.qformat
+            where = "algorithm" if self.recipe.kv_cache == qformat else "kv_cache_qformat"
+            name = f"KV cache in {qformat}"
+            allowed = [known for known in KV_CACHE_QFORMATS if known != qformat]
         raise ConfigError(
             "ModelOpt computes this format on a CUDA GPU only",
             where=where,

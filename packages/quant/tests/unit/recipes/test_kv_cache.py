@@ -85,6 +85,9 @@ def test_nvfp4_needs_a_gpu() -> None:
     with pytest.raises(ConfigError, match="CUDA GPU only") as error:
         found.check_device("cpu")
     assert (error.value.where, error.value.allowed) == ("kv_cache_qformat", "fp8")
+    with pytest.raises(ConfigError, match="CUDA GPU only") as error:
+        scheme("modelopt:NVFP4_KV_CFG").check_device("cpu")
+    assert (error.value.where, error.value.allowed) == ("algorithm", "fp8")
 
 
 def nemo_file(folder: Path, **entries: Any) -> str:
@@ -121,7 +124,7 @@ def test_configs_of_modelopt() -> None:
     assert constant is not None
     assert not constant.needs_calibration
     calibrated = scheme("modelopt:general/ptq/fp8_default-kv_fp8").kv_cache
-    assert calibrated == named_kv_cache("fp8", where="algorithm")
+    assert calibrated == named_kv_cache("fp8")
 
 
 def test_an_override_is_for_linear_layers() -> None:
