@@ -27,7 +27,7 @@ if "PIP_FIND_LINKS" in os.environ:
     # uv does not read pip's settings: a folder of wheels that pip may use is good for uv, too.
     os.environ.setdefault("UV_FIND_LINKS", ",".join(os.environ["PIP_FIND_LINKS"].split()))
 
-PACKAGES = ("common", "quant")
+PACKAGES = ("common", "quant", "prune", "distill")
 LINES = {
     "nemo": ("3.11", ("nemo-toolkit==2.7.3", "megatron-core==0.15.3", "nvidia-modelopt==0.37.0")),
     "mcore016": ("3.11", ("megatron-core==0.16.1", "nvidia-modelopt>=0.47")),

@@ -172,8 +172,8 @@ _MAMBA = "Mamba and hybrid models cannot run"
 EXTRAS = (
     Extra(
         name="transformer-engine",
-        gives="Transformer Engine layers and KV-cache quantization",
-        lacks="Megatron's local layers are used, and KV-cache quantization is refused",
+        gives="Transformer Engine layers",
+        lacks="Megatron's local layers are used",
         install='pip install --no-build-isolation "transformer-engine[pytorch]"',
     ),
     Extra(

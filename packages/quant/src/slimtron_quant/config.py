@@ -13,11 +13,11 @@ from typing import Literal
 
 from slimtron_common.errors import ConfigError
 from slimtron_quant.recipes import check_recipe_name
+from slimtron_quant.recipes.kv_cache import KV_CACHE_QFORMATS
 from slimtron_quant.recipes.table import is_file
 
 __all__ = ["ExportConfig", "QuantizationConfig"]
 
-_KV_CACHE_FORMATS = ("fp8", "nvfp4")
 _EXPORT_FORMATS = ("hf", "nemo", "trtllm")
 _DTYPES = {
     "bf16": "bfloat16",
@@ -39,7 +39,8 @@ class QuantizationConfig:
     algorithm: str | None = "fp8"
     """Recipe: one of ``slimtron-quant recipes``, ``modelopt:NAME`` for one of the installed
     ModelOpt's own configs, or a recipe file (.yaml or .json, NeMo's among them: see
-    ``slimtron_quant.recipes.files``). None leaves the weights as they are."""
+    ``slimtron_quant.recipes.files``). None leaves the weights as they are: for the KV cache
+    alone."""
 
     awq_block_size: int | Literal["auto"] = 128
     """Input channels that share a weight scale in ``int4``, ``int4_awq`` and ``w4a8_awq``. It must
@@ -52,11 +53,12 @@ class QuantizationConfig:
     (all goes to the weights). NeMo ignored it and always ran ModelOpt's 1.0."""
 
     enable_kv_cache: bool | None = None
-    """Whether to quantize the KV cache. None is off; NeMo switched it on for most recipes,
-    which made weight-only recipes calibrate. On is refused in this version."""
+    """Whether to quantize the KV cache. None leaves it to the recipe: Slimtron's own do not, a
+    ModelOpt config or a file may. NeMo switched it on for most recipes, which made weight-only
+    recipes calibrate."""
 
     kv_cache_qformat: str = "fp8"
-    """Format of a quantized KV cache: fp8 or nvfp4."""
+    """Format of the KV cache that ``enable_kv_cache`` asks for: fp8 or nvfp4."""
 
     calibration_dataset: str = "cnn_dailymail"
     """Text to calibrate with: ``pydoc``, a file (.txt, .jsonl, .json, .parquet), or
@@ -95,14 +97,7 @@ class QuantizationConfig:
             field = f"calibration_{name}"
             _check_positive(field, getattr(self, field), "a positive integer")
         _check("sq_alpha", self.sq_alpha, 0 <= self.sq_alpha <= 1, "a number from 0 to 1")
-        _check_choice("kv_cache_qformat", self.kv_cache_qformat, _KV_CACHE_FORMATS)
-        if self.enable_kv_cache:
-            raise ConfigError(
-                "this version does not quantize the KV cache",
-                where="enable_kv_cache",
-                found=self.enable_kv_cache,
-                allowed="false, or nothing",
-            )
+        _check_choice("kv_cache_qformat", self.kv_cache_qformat, KV_CACHE_QFORMATS)
         _check(
             "calibration_dataset",
             self.calibration_dataset,
@@ -120,6 +115,14 @@ class QuantizationConfig:
             if recipe is not None:
                 check_recipe_name(recipe, where=where)
                 _check(where, recipe, not is_file(recipe), "the name of a recipe, or null")
+        for name in ("exclude", "include", "overrides"):
+            if self.algorithm is None and getattr(self, name):
+                raise ConfigError(
+                    "without a recipe there are no layers to choose",
+                    where=name,
+                    found=getattr(self, name),
+                    hint=f"leave {name} out, or set an algorithm",
+                )
 
     @property
     def calibration_source(self) -> str:

@@ -24,6 +24,11 @@ from slimtron_common.parallel import ParallelContext, forward_only, unwrap_model
 from slimtron_common.progress import Progress
 from slimtron_quant.awq import awq_calibrate
 from slimtron_quant.calibration.floors import floor_input_scales
+from slimtron_quant.calibration.kv_cache import (
+    check_kv_quantizers,
+    raise_kv_scales,
+    register_attention,
+)
 from slimtron_quant.calibration.maxima import ForwardLoop, collecting_maxima
 from slimtron_quant.calibration.scales import MendedScale, check_scales
 from slimtron_quant.calibration.state import restore_calibration
@@ -75,17 +80,20 @@ class Quantizer:
                 through Megatron's schedule; recipes that only round weights need neither.
 
         Returns:
-            ``model``, its linear layers computing in the recipe's precision.
+            ``model``, its linear layers computing in the recipe's precision, its attention
+            reading keys and values as they come out of a quantized KV cache.
 
         Raises:
             ConfigError: The settings do not fit the model, or there is nothing to calibrate
                 with. The model is untouched.
+            UnsupportedModelError: The layer spec has no place for quantizers of the KV cache.
+                The model carries quantizers and has to be loaded again.
             CalibrationError: A scale came out unusable, or the forward loop failed. The model
                 carries quantizers and has to be loaded again.
         """
-        algorithm = self.quantization_config.algorithm
-        if algorithm is None:
-            logger.info("algorithm is None: the model stays as it is")
+        config = self.quantization_config
+        if config.algorithm is None and not config.enable_kv_cache:
+            logger.info("algorithm is None, no KV cache: the model stays as it is")
             return model
         megatron = unwrap_model(model)
         context = ParallelContext.from_megatron(device=next(megatron.parameters()).device)
@@ -159,11 +167,15 @@ class Quantizer:
         import modelopt.torch.quantization as mtq
 
         weight_expert_outputs(model)
+        if scheme.kv_cache is not None:
+            register_attention()
         config = scheme.modelopt_config(
             layer_offset=layer_offset(model), num_layers=len(model.decoder.layers)
         )
         with _quiet_modelopt():
             mtq.quantize(model, to_modelopt(config.with_algorithm(None)))
+        if scheme.kv_cache is not None:
+            check_kv_quantizers(model)
         return config.algorithm
 
     def _scheme(self, model: nn.Module, context: ParallelContext) -> Scheme:
@@ -176,6 +188,7 @@ class Quantizer:
     def _finish(self, model: nn.Module, context: ParallelContext, scheme: Scheme) -> None:
         """Checks the scales of a calibrated model and describes what became of its layers."""
         self.mended = [*check_scales(model).mended, *floor_input_scales(model)]
+        raise_kv_scales(model)
         self.layers = summarize(model, context, scheme.reasons)
 
     def _calibrate(

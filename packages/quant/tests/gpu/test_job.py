@@ -49,3 +49,40 @@ def test_job(
     )
     assert 1.0 < exported.metrics["perplexity"] / perplexity < allowed
     assert main(["verify", str(out), "--eval-tokens", "1024"]) == 0
+
+
+@pytest.mark.parametrize("layer_spec", ["local", "transformer_engine"])
+@pytest.mark.parametrize(
+    ("recipe", "qformat", "allowed"),
+    [
+        ("none", "fp8", 1.03),
+        ("none", "nvfp4", 1.5),
+        ("fp8", "fp8", 1.08),
+        ("nvfp4", "nvfp4", 4.0),
+    ],
+)
+def test_kv_cache(
+    recipe: str, qformat: str, allowed: float, layer_spec: str, demo_model: Path, tmp_path: Path
+) -> None:
+    if layer_spec == "transformer_engine" and not transformer_engine_available():
+        pytest.skip("Transformer Engine is not installed")
+    out = tmp_path / "out"
+    code = main(
+        [
+            *("run", "--model", f"hf:{demo_model}", "--recipe", recipe, "--kv-cache", qformat),
+            *("--out", str(out), "--data", "pydoc", "--set", f"layer_spec={layer_spec}"),
+            *("--calib-size", "8", "--calib-seq-len", "512", "--calib-batch-size", "2"),
+            *("--eval-tokens", "8192", "--eval-batch-size", "2", "--device", "cuda"),
+        ]
+    )
+    assert code == 0
+    original, memory, exported = read_report(out).columns
+    perplexity = original.metrics["perplexity"]
+    print(
+        f"\n{recipe:5s} KV {qformat:5s} {layer_spec:18s} perplexity {perplexity:.3f}, in memory "
+        f"{memory.metrics['perplexity']:.3f}, exported {exported.metrics['perplexity']:.3f}, KL "
+        f"{exported.metrics['kl']:.4f}, to memory {exported.metrics['kl_memory']:.5f}"
+    )
+    assert 1.0 < exported.metrics["perplexity"] / perplexity < allowed
+    assert exported.metrics["kl_memory"] < 0.5 * exported.metrics["kl"]
+    assert main(["verify", str(out), "--eval-tokens", "1024"]) == 0

@@ -64,7 +64,6 @@ def test_frozen() -> None:
         ("sq_alpha", -0.1),
         ("sq_alpha", 1.5),
         ("sq_alpha", float("nan")),
-        ("enable_kv_cache", True),
         ("kv_cache_qformat", "int8"),
         ("calibration_dataset", " "),
         ("calibration_dataset_size", 0),

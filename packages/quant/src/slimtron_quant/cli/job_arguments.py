@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slimtron_quant.recipes.kv_cache import KV_CACHE_QFORMATS
+
 if TYPE_CHECKING:
     from slimtron_quant.job.config import QuantJobConfig
 
@@ -18,7 +20,7 @@ _FLAGS: tuple[tuple[str, tuple[tuple[str, str, type, str, str], ...]], ...] = (
         (
             ("--model", "model", str, "KIND:DIR", "hf:DIR, megatron:DIR or nemo2:DIR"),
             ("--recipe", "quantization.algorithm", str, "NAME",
-             "see `slimtron-quant recipes`; modelopt:NAME, or a .yaml or .json file"),
+             "see `slimtron-quant recipes`; modelopt:NAME, a .yaml or .json file, or none"),
             ("--out", "export.path", str, "DIR", "the directory to write"),
             ("--export-dtype", "export.dtype", str, "TYPE", "of unquantized weights: bf16, 16, 32"),
             ("--sq-alpha", "quantization.sq_alpha", float, "A", "SmoothQuant's strength, 0 to 1"),
@@ -81,6 +83,12 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
                 help="channels that share a scale in the recipes with blocks, or auto",
             )
             group.add_argument(
+                "--kv-cache",
+                dest="quantization.kv_cache",
+                choices=(*KV_CACHE_QFORMATS, "none"),
+                help="quantize the KV cache too, or with `--recipe none` alone",
+            )
+            group.add_argument(
                 "--exclude",
                 dest="quantization.exclude",
                 action="append",
@@ -136,7 +144,16 @@ def job_config(args: argparse.Namespace) -> QuantJobConfig:
     }
     if (overrides := flags["quantization.overrides"]) is not None:
         flags["quantization.overrides"] = dict(overrides)
-    return build_config(QuantJobConfig, file=args.config, overrides=args.overrides, flags=flags)
+    if (kv_cache := flags.pop("quantization.kv_cache")) is not None:
+        flags["quantization.enable_kv_cache"] = kv_cache != "none"
+        if kv_cache != "none":
+            flags["quantization.kv_cache_qformat"] = kv_cache
+    settings = args.overrides
+    if flags["quantization.algorithm"] == "none":
+        # A flag that is None counts as not given.
+        flags["quantization.algorithm"] = None
+        settings = ["quantization.algorithm=null", *settings]
+    return build_config(QuantJobConfig, file=args.config, overrides=settings, flags=flags)
 
 
 def _override(text: str) -> tuple[str, str | None]:

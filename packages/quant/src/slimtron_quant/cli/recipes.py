@@ -59,6 +59,8 @@ def execute(args: argparse.Namespace) -> int:
         facts = [recipe.name, f"W{recipe.weight_bits} A{recipe.activation_bits}"]
         if recipe.block_size is not None:
             facts.append(f"blocks of {recipe.block_size}")
+        if recipe.kv_cache is not None:
+            facts.append(f"KV cache {recipe.kv_cache}")
         if needs:
             facts.append(f"needs {' and '.join(needs)}")
         table.add_row(
@@ -67,4 +69,5 @@ def execute(args: argparse.Namespace) -> int:
             f"engines: {recipe.engines}",
         )
     Console().print(table)
+    print("Any of them, or none, goes with `--kv-cache fp8` or `--kv-cache nvfp4`.")
     return 0

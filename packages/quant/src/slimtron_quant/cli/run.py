@@ -16,6 +16,7 @@ examples:
   slimtron-quant run --model hf:smollm2 --recipe fp8 --out smollm2-fp8 --data pydoc \\
       --calib-size 4 --calib-seq-len 512 --calib-batch-size 1
   slimtron-quant run job.yaml --set quantization.algorithm=int4_awq
+  slimtron-quant run job.yaml --recipe none --kv-cache fp8
   torchrun --nproc-per-node 3 -m slimtron_quant run job.yaml --tp 3
 
 exit codes: 0 done, 1 failed, 2 refused, 3 done but a quality gate was missed
@@ -46,7 +47,7 @@ def execute(args: argparse.Namespace) -> int:
     missed = config.gate.misses(comparison.columns[0].metrics, comparison.columns[-1].metrics)
     if rank_from_environment() == 0:
         print_comparison(comparison)
-        for fact in ("Quantized", "As it was"):
+        for fact in ("Quantized", "As it was", "KV cache"):
             print(f"{fact.lower():<10} {comparison.facts[fact]}")
         print(f"{'model':<10} {config.output}")
         print(f"{'report':<10} {config.output / 'report.html'}")

@@ -29,10 +29,12 @@ from slimtron_common.models.huggingface import config_from_architecture
 from slimtron_common.models.mapping import Layout
 from slimtron_common.parallel import ParallelContext
 from slimtron_quant.export.folding import fold_input_factors, input_factor
+from slimtron_quant.export.kv_cache import kv_cache_scales
 from slimtron_quant.formats import Calibration, Format, format_named
 from slimtron_quant.formats.codes import block_amax
 from slimtron_quant.formats.detect import LayerFormat, detect_format, quantizer_stages
 from slimtron_quant.formats.hf_quant_config import config_json_quantization, hf_quant_config
+from slimtron_quant.formats.kv_cache import kv_cache_format
 
 __all__ = ["QUANT_CONFIG_NAME", "export_huggingface", "write_huggingface"]
 
@@ -88,16 +90,16 @@ def write_huggingface(
     Factors that can be are folded into the norms of ``model`` first.
     """
     fold_input_factors(model, architecture, dtype=dtype)
-    layers = _quantized_layers(model, architecture, context)
+    layers, kv_cache = _quantized_layers(model, architecture, context), kv_cache_format(model)
     write_safetensors(
         directory, _packed_tensors(model, architecture, context, dtype=dtype), context
     )
     if context.is_main:
         name = str(dtype).removeprefix("torch.")
         config = config_from_architecture(architecture, dtype=name)
-        config["quantization_config"] = config_json_quantization(layers)
+        config["quantization_config"] = config_json_quantization(layers, kv_cache)
         write_json(directory / CONFIG_NAME, config)
-        write_json(directory / QUANT_CONFIG_NAME, hf_quant_config(layers))
+        write_json(directory / QUANT_CONFIG_NAME, hf_quant_config(layers, kv_cache))
         copy_files(companions, directory)
     context.barrier()
 
@@ -134,6 +136,7 @@ def _packed_tensors(
         wholes = bound.rule.layout.split(gather_shards(bound.tensor.detach(), context))
         for name, whole in zip(bound.rule.hf_names, wholes, strict=True):
             yield name, whole.to(dtype)
+    yield from kv_cache_scales(model).items()
 
 
 def _packed_layer(

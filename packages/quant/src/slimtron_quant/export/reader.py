@@ -20,7 +20,10 @@ from slimtron_common.models.mapping import model_parameters
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import ParallelContext
 from slimtron_quant.export.huggingface import QUANT_CONFIG_NAME
+from slimtron_quant.export.kv_cache import KvCacheHook, kv_scale_names
 from slimtron_quant.formats import FORMATS, Format
+from slimtron_quant.formats.base import take
+from slimtron_quant.formats.kv_cache import attentions, kv_cache_format_announced
 
 __all__ = ["ExportedModel"]
 
@@ -50,6 +53,8 @@ class ExportedModel:
             config, source=str(path / CONFIG_NAME)
         )
         self.quantization = read_json(path / QUANT_CONFIG_NAME).get("quantization", {})
+        self.kv_cache = kv_cache_format_announced(self.quantization.get("kv_cache_quant_algo"))
+        """Format of the KV cache; None where it is not quantized."""
         self.dtype: torch.dtype = getattr(torch, self.architecture.dtype)
         self.tensors = SafetensorsDirectory(path)
         self._check_announcements(announced)
@@ -60,6 +65,8 @@ class ExportedModel:
         """Format of every quantized module by its Hugging Face name."""
         mixed = self.quantization.get("quantized_layers", {})
         excluded = set(self.quantization.get("exclude_modules", []))
+        if "*" in excluded:
+            return {}
         found = {}
         for module in self._linear_modules:
             settings = mixed.get(module) if mixed else self.quantization
@@ -69,8 +76,10 @@ class ExportedModel:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits over all parameters, scales and unquantized tensors included."""
-        bits = sum(_bits(*header) for header in self.tensors.headers.values())
+        """Stored bits over all parameters, their scales and unquantized tensors included."""
+        of_cache = self._kv_scale_names
+        headers = self.tensors.headers.items()
+        bits = sum(_bits(*header) for name, header in headers if name not in of_cache)
         parameters = sum(
             torch.Size(shape).numel()
             for _, rule in model_parameters(self.architecture)
@@ -81,7 +90,7 @@ class ExportedModel:
     def stored_bits(self, name: str) -> int:
         """Returns what a tensor takes on disk by its Hugging Face name, scales included."""
         module = name.removesuffix(".weight")
-        names = self._names_of[module] if module in self.formats else [name]
+        names = self._weight_names(module) if module in self.formats else [name]
         return sum(_bits(*self.tensors.headers[stored]) for stored in names)
 
     def read(self, name: str) -> Tensor:
@@ -105,6 +114,23 @@ class ExportedModel:
         for name in self._shapes:
             if not bool(self.read(name).isfinite().all()):
                 raise CheckpointError("a weight is not finite", where=self.path, found=name)
+        for layer in range(self.architecture.num_layers if self.kv_cache else 0):
+            self.kv_scales(layer)
+
+    def kv_scales(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Returns the scales of a layer's keys and values in a quantized KV cache.
+
+        Args:
+            layer: Counted from 0.
+
+        Raises:
+            CheckpointError: One is no float32 scalar, or not a positive number.
+        """
+        keys, values = (
+            take({name: self.tensors.read(name)}, name, torch.float32, ())
+            for name in kv_scale_names(layer)
+        )
+        return keys, values
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """Type to run the model in: as stored on a GPU, float32 on the CPU."""
@@ -114,7 +140,7 @@ class ExportedModel:
         """Builds a Megatron-Core model that computes what an engine would compute.
 
         Weights are decoded; inputs are multiplied by their factor and rounded to the format
-        by hooks, with arithmetic of our own.
+        by hooks, and so are keys and values, with arithmetic of our own.
 
         Args:
             context: This process's place.
@@ -136,6 +162,12 @@ class ExportedModel:
                 factor = factor.chunk(context.tp_size)[context.tp_rank]
             hook = _InputHook(self.formats[module], factor, scale, context.device)
             model.get_submodule(bound.name.removesuffix(".weight")).register_forward_pre_hook(hook)
+        if self.kv_cache is not None:
+            for layer, attention in attentions(model):
+                scales = (
+                    scale.to(context.device) for scale in self.kv_scales(layer.layer_number - 1)
+                )
+                attention.register_forward_pre_hook(KvCacheHook(self.kv_cache, *scales))
         self.tensors.close()
         return model
 
@@ -159,8 +191,16 @@ class ExportedModel:
         prefix = f"{module}."
         return {
             name.removeprefix(prefix): self.tensors.read(name)
-            for name in self._names_of.get(module, [])
+            for name in self._weight_names(module)
         }
+
+    def _weight_names(self, module: str) -> list[str]:
+        return [n for n in self._names_of.get(module, []) if n not in self._kv_scale_names]
+
+    @cached_property
+    def _kv_scale_names(self) -> set[str]:
+        layers = range(self.architecture.num_layers if self.kv_cache else 0)
+        return {name for layer in layers for name in kv_scale_names(layer)}
 
     @cached_property
     def _names_of(self) -> dict[str, list[str]]:
@@ -185,6 +225,7 @@ class ExportedModel:
         for key, ours in (
             ("quant_algo", self.quantization.get("quant_algo")),
             ("ignore", self.quantization.get("exclude_modules")),
+            ("kv_cache_scheme", self.kv_cache and self.kv_cache.scheme),
         ):
             if announced.get(key) != ours:
                 raise CheckpointError(
@@ -194,10 +235,11 @@ class ExportedModel:
                 )
 
     def _check_tensors(self) -> None:
-        expected = set(self._shapes)
+        needed = set(self._shapes) | self._kv_scale_names
+        expected = set(needed)
         for module in self.formats:
-            expected |= {n for n in self._names_of.get(module, []) if not n.endswith(".bias")}
-        missing = sorted(set(self._shapes) - set(self.tensors.names))
+            expected |= {n for n in self._weight_names(module) if not n.endswith(".bias")}
+        missing = sorted(needed - set(self.tensors.names))
         unknown = sorted(set(self.tensors.names) - expected)
         if missing or unknown:
             raise CheckpointError(

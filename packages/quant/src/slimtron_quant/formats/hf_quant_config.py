@@ -14,18 +14,20 @@ from typing import Any
 from slimtron_common.errors import ConfigError
 from slimtron_quant.formats import format_named
 from slimtron_quant.formats.detect import LayerFormat
+from slimtron_quant.formats.kv_cache import KvCacheFormat
 
 __all__ = ["config_json_quantization", "hf_quant_config"]
 
 Layers = Mapping[str, LayerFormat | None]
 
 
-def hf_quant_config(layers: Layers) -> dict[str, Any]:
+def hf_quant_config(layers: Layers, kv_cache: KvCacheFormat | None = None) -> dict[str, Any]:
     """Returns the content of ``hf_quant_config.json``.
 
     Args:
         layers: For every linear layer of the model, ``lm_head`` too: its Hugging Face module
             name with how it is written, or None where it is not quantized.
+        kv_cache: Format of the KV cache; None where it is not quantized.
 
     Raises:
         ConfigError: Nothing is quantized.
@@ -36,13 +38,18 @@ def hf_quant_config(layers: Layers) -> dict[str, Any]:
         name: format_named(layer.name).settings(layer.block_size, has_input_factors=has_factors)
         for name, layer in quantized.items()
     }
-    if not settings:
+    if not settings and kv_cache is None:
         raise ConfigError("every layer is excluded: nothing is quantized", where="exclude")
-    first, *others = settings.values()
+    # vLLM and SGLang refuse a checkpoint without an algorithm for weights, which is what ModelOpt
+    # writes for a KV cache alone. One from which every module is excluded says the same to all.
+    first, *others = settings.values() or [format_named("fp8").settings()]
     # Names in full: engines also look for them inside longer names, where "layers.1" would be
     # found in "layers.10".
-    excluded = sorted(name for name, layer in layers.items() if not layer)
-    quantization: dict[str, Any] = {"kv_cache_quant_algo": None, "exclude_modules": excluded}
+    excluded = sorted(name for name, layer in layers.items() if not layer) if settings else ["*"]
+    quantization: dict[str, Any] = {
+        "kv_cache_quant_algo": None if kv_cache is None else kv_cache.quant_algo,
+        "exclude_modules": excluded,
+    }
     if all(other == first for other in others):
         quantization |= first
     else:
@@ -51,13 +58,16 @@ def hf_quant_config(layers: Layers) -> dict[str, Any]:
     return {"producer": producer, "quantization": quantization}
 
 
-def config_json_quantization(layers: Layers) -> dict[str, Any]:
+def config_json_quantization(
+    layers: Layers, kv_cache: KvCacheFormat | None = None
+) -> dict[str, Any]:
     """Returns ``quantization_config`` for ``config.json``, saying what ``hf_quant_config`` says.
 
     Args:
         layers: As ``hf_quant_config`` takes them.
+        kv_cache: As well.
     """
-    file = hf_quant_config(layers)
+    file = hf_quant_config(layers, kv_cache)
     quantization = file["quantization"]
     groups: dict[tuple[str, int | None], list[str]] = {}
     for name, layer in layers.items():
@@ -80,4 +90,7 @@ def config_json_quantization(layers: Layers) -> dict[str, Any]:
     for key in ("group_size", "has_zero_point", "pre_quant_scale", "quantized_layers"):
         if key in quantization:
             config[key] = quantization[key]
+    if kv_cache is not None:
+        scheme = kv_cache.scheme
+        config["kv_cache_scheme"] = scheme if isinstance(scheme, str) else dict(scheme)
     return config

@@ -64,15 +64,16 @@ def compare(
         kl_memory=evaluations["exported"].distances["memory"].kl,
     )
     return Comparison(
-        title=f"{checkpoint.path.name} quantized to {plan.recipe.name}",
+        title=f"{checkpoint.path.name} quantized to {_recipe(plan)}",
         columns=(original, memory, reloaded),
         plots=tuple(_plots(layers)),
-        tables=(covered.table(), *_mended(mended)),
+        tables=(covered.table(), *_kv_scales(exported), *_mended(mended)),
         facts={
             "Model": config.model,
             "Parameters": f"{checkpoint.num_parameters:,}",
             "Recipe": f"{plan.recipe.name}: {plan.recipe.summary}",
             **covered.facts(),
+            "KV cache": plan.kv_cache,
             "Evaluated on": _text(
                 config.evaluation.source or config.quantization.calibration_source,
                 plan.evaluation,
@@ -89,6 +90,12 @@ def compare(
         },
         metrics=_METRICS,
     )
+
+
+def _recipe(plan: Plan) -> str:
+    kv_cache = plan.scheme.kv_cache
+    parts = [] if plan.config.quantization.algorithm is None else [plan.recipe.name]
+    return " with ".join(parts + ([f"a KV cache in {kv_cache.qformat}"] if kv_cache else []))
 
 
 def _gate(gate: QualityGate, original: Column, delivered: Column) -> dict[str, str]:
@@ -131,16 +138,18 @@ def _plots(layers: Sequence[LayerSummary]) -> list[Plot]:
                 found[label] = tuple(values.get(number) for number in numbers)
         return found
 
-    plots = [
-        Plot(
-            "Signal to quantization noise of the weights",
-            "line",
-            tuple(numbers),
-            series("sqnr_db"),
-            x_label="layer",
-            y_label="dB, higher is better",
+    plots = []
+    if noise := series("sqnr_db"):
+        plots.append(
+            Plot(
+                "Signal to quantization noise of the weights",
+                "line",
+                tuple(numbers),
+                noise,
+                x_label="layer",
+                y_label="dB, higher is better",
+            )
         )
-    ]
     if amax := series("input_amax"):
         plots.append(
             Plot(
@@ -154,6 +163,21 @@ def _plots(layers: Sequence[LayerSummary]) -> list[Plot]:
             )
         )
     return plots
+
+
+def _kv_scales(exported: ExportedModel) -> list[Table]:
+    if exported.kv_cache is None:
+        return []
+    return [
+        Table(
+            "Scales of the KV cache",
+            ("layer", "keys", "values"),
+            tuple(
+                (layer, *map(float, exported.kv_scales(layer)))
+                for layer in range(exported.architecture.num_layers)
+            ),
+        )
+    ]
 
 
 def _mended(mended: Sequence[Mapping[str, Any]]) -> list[Table]:

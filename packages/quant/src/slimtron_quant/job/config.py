@@ -40,13 +40,13 @@ class QuantJobConfig:
     """Whether the tokenizer may run code that comes with the model."""
 
     def __post_init__(self) -> None:
-        if self.quantization.algorithm is None:
+        if self.quantization.algorithm is None and not self.quantization.enable_kv_cache:
             raise ConfigError(
                 "without a recipe there is nothing to quantize",
                 where="quantization.algorithm",
                 found=None,
-                hint="`slimtron-quant recipes` lists them; `slimtron-common convert` exports a "
-                "model as it is",
+                hint="`slimtron-quant recipes` lists them; enable_kv_cache quantizes the KV cache "
+                "alone; `slimtron-common convert` exports a model as it is",
             )
 
     @property

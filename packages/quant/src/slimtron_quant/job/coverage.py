@@ -50,10 +50,10 @@ class Coverage:
         return [module for module in self.modules if module.reason is None]
 
     @property
-    def bits_per_quantized_weight(self) -> float:
-        """Stored bits over parameters, of what is quantized."""
+    def bits_per_quantized_weight(self) -> float | None:
+        """Stored bits over parameters, of what is quantized; None where nothing is."""
         total = sum(module.num_parameters for module in self.quantized)
-        return sum(module.bits for module in self.quantized) / total
+        return sum(module.bits for module in self.quantized) / total if total else None
 
     def facts(self) -> dict[str, str]:
         """A short form for people."""
@@ -65,10 +65,12 @@ class Coverage:
         for module in self.modules:
             if module.reason is not None:
                 kept[module.reason] += module.num_parameters
+        bits = self.bits_per_quantized_weight
         return {
-            "Quantized": ", ".join(f"{n} layers to {name}" for name, n in formats.items())
-            + f", of {linears}; {share:.1%} of all parameters, "
-            f"{self.bits_per_quantized_weight:.2f} bits each",
+            "Quantized": f"none of {linears} layers"
+            if bits is None
+            else ", ".join(f"{n} layers to {name}" for name, n in formats.items())
+            + f", of {linears}; {share:.1%} of all parameters, {bits:.2f} bits each",
             "As it was": ", ".join(
                 f"{reason} ({count / everything:.1%})" for reason, count in kept.items()
             ),

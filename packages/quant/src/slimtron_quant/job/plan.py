@@ -25,6 +25,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         ("model", f"{plan.config.model}, {plan.checkpoint.num_parameters:,} parameters"),
         ("recipe", f"{plan.recipe.name}: {plan.recipe.summary}"),
         ("linear layers", plan.scheme.describe()),
+        ("KV cache", plan.kv_cache),
         ("output", str(plan.config.output)),
         ("evaluation text", _sequences(plan.evaluation)),
         (

@@ -25,6 +25,7 @@ from slimtron_common.parallel.context import (
 )
 from slimtron_common.workdir import check_resumable
 from slimtron_quant.config import QuantizationConfig
+from slimtron_quant.formats.kv_cache import KV_CACHE_FORMATS, describe_kv_cache
 from slimtron_quant.job.config import QuantJobConfig
 from slimtron_quant.recipes import Recipe, Scheme, quantization_scheme
 
@@ -89,6 +90,17 @@ class Plan:
     def recipe(self) -> Recipe:
         """The recipe of the layers that no pattern names."""
         return self.scheme.recipe
+
+    @property
+    def kv_cache(self) -> str:
+        """What becomes of the KV cache, and what a token of it takes."""
+        kv_cache = self.scheme.kv_cache
+        dtype: torch.dtype = getattr(torch, self.config.export.torch_dtype)
+        return describe_kv_cache(
+            KV_CACHE_FORMATS[kv_cache.qformat] if kv_cache else None,
+            self.checkpoint.architecture,
+            dtype.itemsize,
+        )
 
 
 def preflight(

@@ -16,6 +16,7 @@ from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import initialize_parallel
 from slimtron_common.report import Column, Comparison, Number
 from slimtron_quant.export.reader import ExportedModel
+from slimtron_quant.formats.kv_cache import describe_kv_cache
 
 __all__ = ["verify_directory"]
 
@@ -74,7 +75,11 @@ def verify_directory(
         title=f"{directory.name}, reloaded",
         columns=tuple(columns),
         facts={
-            "Formats": ", ".join(f"{count} modules {name}" for name, count in formats.items()),
+            "Formats": ", ".join(f"{count} modules {name}" for name, count in formats.items())
+            or "all weights as they were",
+            "KV cache": describe_kv_cache(
+                exported.kv_cache, exported.architecture, exported.dtype.itemsize
+            ),
             "Measured on": f"{source}: {num_tokens} tokens in sequences of {seq_length}",
         },
     )

@@ -14,8 +14,9 @@ A file holds these keys, all but the first two optional, and one of the first tw
     overrides: {"*.linear_fc2": fp8, "decoder.layers.1": null}
 
 The JSON files that NeMo's ``Quantizer`` takes for ``algorithm`` are such files: ``quant_cfg`` and
-``algorithm``. As there, the keys of ``block_sizes`` may be strings and ``num_bits`` and
-``scale_bits`` lists; ``e4m3`` stands for ``[4, 3]``.
+``algorithm``. Entries for ``*[kv]_bmm_quantizer`` quantize the KV cache, where
+``enable_kv_cache`` does not say otherwise. As in NeMo, the keys of ``block_sizes`` may be strings
+and ``num_bits`` and ``scale_bits`` lists; ``e4m3`` stands for ``[4, 3]``.
 """
 
 from __future__ import annotations

@@ -25,6 +25,13 @@ def check_override(base: Source, override: Source, *, where: str) -> None:
         ConfigError: With the recipes that can.
     """
     method, name = method_of(override.config), override.recipe.name
+    if override.kv_cache is not None:
+        raise ConfigError(
+            "the KV cache is quantized in all layers or in none, not by an override",
+            where=where,
+            found=name,
+            hint="set enable_kv_cache, and take a recipe for linear layers alone here",
+        )
     if method not in PLAIN_METHODS:
         raise ConfigError(
             f"only the recipe of the whole model can be one that searches, as {method} does",

@@ -12,6 +12,7 @@ from slimtron_common.errors import ConfigError
 from slimtron_common.integrations.modelopt import QuantConfig, QuantizerEntry
 from slimtron_common.models.architecture import Architecture
 from slimtron_quant.recipes.blocks import fitting_block_size
+from slimtron_quant.recipes.kv_cache import KV_CACHE_QFORMATS, KvCache, named_kv_cache
 from slimtron_quant.recipes.modules import Choice, choose
 from slimtron_quant.recipes.overrides import PLAIN_METHODS, check_override
 from slimtron_quant.recipes.rules import with_model_rules
@@ -49,6 +50,9 @@ class Scheme:
     formats: Mapping[str, LayerFormat]
     """How those that are quantized are written."""
 
+    kv_cache: KvCache | None
+    """What becomes of the KV cache; None where it stays as it is."""
+
     @property
     def method(self) -> str | None:
         """ModelOpt's name of the calibration algorithm; None for none."""
@@ -57,14 +61,18 @@ class Scheme:
     @property
     def needs_calibration(self) -> bool:
         """Whether text has to run through the model."""
-        return self.method not in PLAIN_METHODS or any(
-            item.needs_calibration for item in self.settings.values()
+        return (
+            self.method not in PLAIN_METHODS
+            or any(item.needs_calibration for item in self.settings.values())
+            or (self.kv_cache is not None and self.kv_cache.needs_calibration)
         )
 
     @property
     def needs_cuda(self) -> bool:
         """Whether ModelOpt computes one of the formats on a GPU only."""
-        return any(item.needs_cuda for item in self.settings.values())
+        return any(item.needs_cuda for item in self.settings.values()) or (
+            self.kv_cache is not None and self.kv_cache.needs_cuda
+        )
 
     def modelopt_config(
         self, *, layer_offset: int = 0, num_layers: int | None = None, expert_offset: int = 0
@@ -80,17 +88,23 @@ class Scheme:
             expert_offset: Experts before the process's first.
         """
         stage = range(layer_offset, layer_offset + num_layers if num_layers else sys.maxsize)
-        if not any(self.layers[module].layer in stage for module in self.settings):
+        config, overridden = self.config, []
+        if any(self.layers[module].layer in stage for module in self.settings):
+            entries = [_disabled("output_layer"), _disabled("embedding")]
+            for pattern, name in self._exceptions(layer_offset, expert_offset):
+                entries.append(_disabled(pattern))
+                if name in self.settings:
+                    entries += _enabled(pattern, self.settings[name])
+                    overridden.append(f"*{pattern}")
+            config = config.with_entries(*entries)
+        else:
             # ModelOpt refuses a config that would quantize weights and finds none.
-            return QuantConfig((QuantizerEntry("*", enable=False),), self._algorithm([]))
-        entries = [_disabled("output_layer"), _disabled("embedding")]
-        overridden = []
-        for pattern, name in self._exceptions(layer_offset, expert_offset):
-            entries.append(_disabled(pattern))
-            if name in self.settings:
-                entries += _enabled(pattern, self.settings[name])
-                overridden.append(f"*{pattern}")
-        return self.config.with_entries(*entries).with_algorithm(self._algorithm(overridden))
+            config = QuantConfig((QuantizerEntry("*", enable=False),))
+        if self.kv_cache is not None:
+            config = config.with_entries(self.kv_cache.entry)
+        elif self.recipe.kv_cache is not None:
+            config = config.with_entries(QuantizerEntry("*_bmm_quantizer", enable=False))
+        return config.with_algorithm(self._algorithm(overridden))
 
     def describe(self) -> str:
         """Returns in a line how many layers become what."""
@@ -121,18 +135,29 @@ class Scheme:
         """
         if device == "cuda" or not self.needs_cuda:
             return
-        module = next(m for m, item in self.settings.items() if item.needs_cuda)
+        module = next((m for m, item in self.settings.items() if item.needs_cuda), None)
+        if module is not None:
+            where, name = self.setting_of(module), self.choices[module].recipe
+            allowed = [name for name, recipe in RECIPES.items() if not recipe.needs_cuda]
+        else:
+            assert self.kv_cache is not None
+            qformat = self.kv_cache.qformat
+            where = "algorithm" if self.recipe.kv_cache == qformat else "kv_cache_qformat"
+            name = f"KV cache in {qformat}"
+            allowed = [known for known in KV_CACHE_QFORMATS if known != qformat]
         raise ConfigError(
             "ModelOpt computes this format on a CUDA GPU only",
-            where=self.setting_of(module),
-            found=f"{self.choices[module].recipe} on {device}",
-            allowed=", ".join(name for name, recipe in RECIPES.items() if not recipe.needs_cuda),
+            where=where,
+            found=f"{name} on {device}",
+            allowed=", ".join(allowed),
             hint="`slimtron-common doctor` shows whether this machine has a usable GPU",
         )
 
     def _algorithm(self, overridden: list[str]) -> str | Mapping[str, Any] | None:
         algorithm = self.config.algorithm
-        if self.method is None and any(item.needs_maxima for item in self.settings.values()):
+        if self.method is None and (
+            self.needs_calibration or any(item.needs_maxima for item in self.settings.values())
+        ):
             return "max"
         if self.method == "awq_lite" and overridden:
             settings = algorithm if isinstance(algorithm, Mapping) else {}
@@ -177,15 +202,16 @@ def quantization_scheme(
     Raises:
         ConfigError: A block size does not divide a dimension, a pattern matches nothing, a
             recipe cannot be an override, nothing is left to quantize, or no format on disk
-            holds the result.
+            holds the result. With a quantized KV cache all weights may stay.
         MissingDependencyError: ModelOpt is absent, or too old for the recipe.
     """
     from slimtron_common.models.linear import linear_layers
     from slimtron_quant.recipes.storage import formats_on_disk
 
-    if config.algorithm is None:
-        raise ConfigError("no recipe to quantize with", where="algorithm", found=None)
     source = load_source(config.algorithm)
+    kv_cache = _kv_cache(source, config)
+    if config.algorithm is None and kv_cache is None:
+        raise ConfigError("no recipe to quantize with", where="algorithm", found=None)
     base = source.recipe.name
     overrides = {**source.overrides, **config.overrides}
     layers = {layer.name: layer for layer in linear_layers(architecture)}
@@ -214,8 +240,9 @@ def quantization_scheme(
             if found.weight:
                 settings[module] = found
             else:
-                choices[module] = Choice(None, f"{choice.recipe} leaves it out")
-    if not settings:
+                reason = f"{choice.recipe} leaves it out" if config.algorithm else "no recipe"
+                choices[module] = Choice(None, reason)
+    if not settings and kv_cache is None:
         raise ConfigError(
             "the recipe names no linear layer of this model: nothing is quantized"
             if is_any_chosen
@@ -230,6 +257,7 @@ def quantization_scheme(
         settings=settings,
         config=configs[base],
         formats={},
+        kv_cache=kv_cache,
     )
     formats = formats_on_disk(scheme, architecture, tensor_parallel_size=tensor_parallel_size)
     return replace(scheme, formats=formats)
@@ -252,6 +280,12 @@ def quantization_recipe(
     """
     scheme = quantization_scheme(config, architecture, tensor_parallel_size=tensor_parallel_size)
     return scheme.modelopt_config(layer_offset=layer_offset)
+
+
+def _kv_cache(source: Source, config: QuantizationConfig) -> KvCache | None:
+    if config.enable_kv_cache is None:
+        return source.kv_cache
+    return named_kv_cache(config.kv_cache_qformat) if config.enable_kv_cache else None
 
 
 def _tuned(source: Source, config: QuantizationConfig, architecture: Architecture) -> QuantConfig:

@@ -9,7 +9,7 @@ from typing import Any
 
 from slimtron_common.integrations.modelopt import QuantConfig, QuantizerEntry
 
-__all__ = ["LinearSettings", "linear_settings", "method_of", "quantizer_settings"]
+__all__ = ["Attributes", "LinearSettings", "linear_settings", "method_of", "quantizer_settings"]
 
 Attributes = Mapping[str, Any]
 
@@ -67,7 +67,7 @@ def linear_settings(config: QuantConfig, module: str) -> LinearSettings:
 def quantizer_settings(
     entries: tuple[QuantizerEntry, ...], quantizer: str
 ) -> tuple[Attributes, ...]:
-    """Returns the attributes of one quantizer of a linear layer, empty where it is off.
+    """Returns the attributes of one quantizer by its name, empty where it is off.
 
     Entries for modules of some class are about convolutions, norms and embeddings.
     """

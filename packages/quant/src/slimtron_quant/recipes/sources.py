@@ -11,21 +11,27 @@ from typing import Literal
 from slimtron_common.errors import ConfigError
 from slimtron_common.integrations.modelopt import (
     QuantConfig,
+    QuantizerEntry,
     config_names,
     named_config,
     recipe_config,
     recipe_names,
 )
 from slimtron_quant.recipes.files import RecipeFile, read_recipe_file
-from slimtron_quant.recipes.settings import linear_settings, method_of, quantizer_settings
-from slimtron_quant.recipes.table import MODELOPT_PREFIX, Recipe, is_file, recipe_named
+from slimtron_quant.recipes.kv_cache import KvCache, kv_cache_in
+from slimtron_quant.recipes.settings import linear_settings, method_of
+from slimtron_quant.recipes.table import (
+    MODELOPT_PREFIX,
+    NO_RECIPE,
+    Recipe,
+    is_file,
+    recipe_named,
+)
 
 __all__ = ["Source", "load_source", "modelopt_names"]
 
 _UNKNOWN = "not known: see what the recipe is made of"
-
-# What some config of ModelOpt's may quantize beside weights and inputs of linear layers.
-_ELSEWHERE = ("q_bmm", "k_bmm", "v_bmm", "p_bmm", "softmax", "output")
+_ALL_OFF = QuantizerEntry("*", enable=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,24 +49,28 @@ class Source:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     overrides: Mapping[str, str | None] = field(default_factory=dict)
+    kv_cache: KvCache | None = None
+    """What it does to the KV cache."""
 
 
-def load_source(name: str, *, where: str = "algorithm") -> Source:
+def load_source(name: str | None, *, where: str = "algorithm") -> Source:
     """Opens a recipe.
 
     Args:
-        name: One of Slimtron's recipes, ``modelopt:NAME``, or the path of a recipe file.
+        name: One of Slimtron's recipes, ``modelopt:NAME``, or the path of a recipe file; None
+            for one that does nothing.
         where: The setting that names it, for errors.
 
     Raises:
         ConfigError: There is no such recipe, or the file is wrong.
         MissingDependencyError: ModelOpt is absent, or too old for one of Slimtron's recipes.
     """
+    if name is None:
+        return Source(recipe=NO_RECIPE, config=QuantConfig((_ALL_OFF,)))
     if is_file(name):
         return _from_file(Path(name))
     if name.startswith(MODELOPT_PREFIX):
-        config = _modelopt_config(name.removeprefix(MODELOPT_PREFIX), where)
-        return Source(recipe=_described(name, config, where=where), config=config)
+        return _described(name, _modelopt_config(name.removeprefix(MODELOPT_PREFIX), where), where)
     recipe = recipe_named(name, where=where)
     return Source(recipe=recipe, config=named_config(str(recipe.modelopt_config)), is_tunable=True)
 
@@ -98,10 +108,7 @@ def _from_file(path: Path) -> Source:
 
 def _assembled(file: RecipeFile, name: str) -> Source:
     if file.recipe is None:
-        source = Source(
-            recipe=_described(name, file.modelopt_config(), where="quant_cfg"),
-            config=file.modelopt_config(),
-        )
+        source = _described(name, file.modelopt_config(), where="quant_cfg")
     else:
         if is_file(file.recipe):
             raise ConfigError(
@@ -129,23 +136,14 @@ def _assembled(file: RecipeFile, name: str) -> Source:
     )
 
 
-def _described(name: str, config: QuantConfig, *, where: str) -> Recipe:
+def _described(name: str, config: QuantConfig, where: str) -> Source:
     """Derives a recipe's properties from its entries.
 
     They are those of the most finely coded of the four linear layers of a transformer layer,
     for a config may name some of them.
     """
+    kv_cache = kv_cache_in(config, name=name, where=where)
     layer = "decoder.layers.0"
-    for quantizer in _ELSEWHERE:
-        probe = f"{layer}.self_attention.core_attention.{quantizer}_quantizer"
-        if quantizer_settings(config.entries, probe):
-            raise ConfigError(
-                "it quantizes more than weights and inputs of linear layers, which has no place "
-                "in a checkpoint yet",
-                where=where,
-                found=f"{name}: {quantizer}_quantizer",
-                hint="take a config without it; a recipe file can hold the rest of this one",
-            )
     linears = ("self_attention.linear_qkv", "self_attention.linear_proj")
     settings = [
         linear_settings(config, f"{layer}.{linear}")
@@ -154,7 +152,7 @@ def _described(name: str, config: QuantConfig, *, where: str) -> Recipe:
     weight_bits = min(item.weight_bits for item in settings)
     activation_bits = min(item.activation_bits for item in settings)
     method = method_of(config)
-    return Recipe(
+    recipe = Recipe(
         name=name,
         summary=f"{weight_bits}-bit weights, {activation_bits}-bit activations, "
         f"algorithm {method or 'max'}",
@@ -166,7 +164,18 @@ def _described(name: str, config: QuantConfig, *, where: str) -> Recipe:
         activation_bits=activation_bits,
         block_size=min((size for item in settings for size in item.in_blocks), default=None),
         needs_calibration=method not in (None, "max")
-        or any(item.needs_calibration for item in settings),
+        or any(item.needs_calibration for item in settings)
+        or (kv_cache is not None and kv_cache.needs_calibration),
         rewrites_weights=method not in (None, "max"),
-        needs_cuda=any(item.needs_cuda for item in settings),
+        needs_cuda=any(item.needs_cuda for item in settings)
+        or (kv_cache is not None and kv_cache.needs_cuda),
+        kv_cache=kv_cache.qformat if kv_cache else None,
     )
+    # ModelOpt quantizes to 8 bits what no entry names, and its configs of the KV cache name no
+    # linear layer.
+    config = (
+        config
+        if config.entries[0] == _ALL_OFF
+        else replace(config, entries=(_ALL_OFF, *config.entries))
+    )
+    return Source(recipe=recipe, config=config, kv_cache=kv_cache)

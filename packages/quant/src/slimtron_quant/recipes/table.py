@@ -9,7 +9,15 @@ from types import MappingProxyType
 
 from slimtron_common.errors import ConfigError
 
-__all__ = ["MODELOPT_PREFIX", "RECIPES", "Recipe", "check_recipe_name", "is_file", "recipe_named"]
+__all__ = [
+    "MODELOPT_PREFIX",
+    "NO_RECIPE",
+    "RECIPES",
+    "Recipe",
+    "check_recipe_name",
+    "is_file",
+    "recipe_named",
+]
 
 MODELOPT_PREFIX = "modelopt:"
 """Before the name of one of the installed ModelOpt's own configs."""
@@ -56,6 +64,22 @@ class Recipe:
     needs_cuda: bool = False
     """Whether ModelOpt computes it on a GPU only."""
 
+    kv_cache: str | None = None
+    """Format of the KV cache, for one that quantizes it too."""
+
+
+NO_RECIPE = Recipe(
+    name="none",
+    summary="weights and activations as they are",
+    hardware="all",
+    engines="all",
+    accuracy="that of the original",
+    modelopt_config=None,
+    weight_bits=16,
+    activation_bits=16,
+    needs_calibration=False,
+)
+"""What the algorithm None stands for."""
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {

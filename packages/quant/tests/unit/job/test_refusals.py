@@ -124,7 +124,18 @@ FLAGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "missing text": (["--data", "/no/such/text.txt"], ("/no/such/text.txt",)),
     "unknown text": (["--data", "prose"], ("prose",)),
-    "KV cache": (["--set", "quantization.enable_kv_cache=true"], ("enable_kv_cache",)),
+    "KV cache for GPUs": (
+        ["--kv-cache", "nvfp4"],
+        ("quantization.kv_cache_qformat", "KV cache in nvfp4 on cpu", "fp8", "doctor"),
+    ),
+    "no recipe and no KV cache": (
+        ["--recipe", "none"],
+        ("quantization.algorithm", "enable_kv_cache", "convert"),
+    ),
+    "no recipe to choose layers for": (
+        ["--recipe", "none", "--kv-cache", "fp8", "--exclude", "*.linear_fc2"],
+        ("quantization.exclude", "no layers to choose"),
+    ),
     "export format": (["--set", "export.export_format=trtllm"], ("export_format", "hf")),
     "export type": (["--export-dtype", "int3"], ("export.dtype", "bf16")),
     "compute type": (["--dtype", "float8"], ("dtype", "float8")),

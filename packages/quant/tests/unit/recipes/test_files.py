@@ -113,10 +113,10 @@ REFUSED: dict[str, tuple[Any, str, tuple[str, ...]]] = {
         "r.json",
         ("quant_cfg.*weight_quantizer", "axis must be None"),
     ),
-    "KV cache": (
-        {"quant_cfg": {"*[kv]_bmm_quantizer": {"num_bits": [4, 3]}}},
+    "part of the attention": (
+        {"quant_cfg": {"*[qkv]_bmm_quantizer": {"num_bits": [4, 3]}}},
         "r.json",
-        ("quant_cfg", "k_bmm_quantizer"),
+        ("quant_cfg", "q_bmm_quantizer"),
     ),
 }  # fmt: skip
 
