@@ -40,7 +40,7 @@ def hf_quant_config(layers: Layers, kv_cache: KvCacheFormat | None = None) -> di
     }
     if not settings and kv_cache is None:
         raise ConfigError("every layer is excluded: nothing is quantized", where="exclude")
-    # vLLM and SGLang refuse a checkpoint without an algorithm for weights, which is what ModelOpt
+    # vLLM refuses a checkpoint without an algorithm for weights, which is what ModelOpt
     # writes for a KV cache alone. One from which every module is excluded says the same to all.
     first, *others = settings.values() or [format_named("fp8").settings()]
     # Names in full: engines also look for them inside longer names, where "layers.1" would be
