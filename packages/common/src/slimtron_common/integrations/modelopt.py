@@ -30,6 +30,7 @@ __all__ = [
     "named_config",
     "recipe_config",
     "recipe_names",
+    "shared_experts",
     "to_modelopt",
 ]
 
@@ -180,6 +181,32 @@ def make_quantizer(settings: Sequence[Attributes]) -> Any:
     if not quantizers:
         return TensorQuantizer(QuantizerAttributeConfig(enable=False))
     return quantizers[0] if len(quantizers) == 1 else SequentialQuantizer(*quantizers)
+
+
+@contextlib.contextmanager
+def shared_experts(experts: Sequence[Any]) -> Iterator[None]:
+    """Lets ModelOpt put quantizers into experts that several processes share out.
+
+    ModelOpt would refuse tensor together with expert parallelism, which its own distributed
+    checkpoints do not hold, and compare the scales of different processes' experts, where it
+    refuses an expert that saw no token. Neither is needed where those scales are made the same
+    beforehand: inside, each process's experts are a model of their own to ModelOpt.
+
+    Args:
+        experts: Megatron-Core's ``SequentialMLP`` modules, before their conversion.
+    """
+    from modelopt.torch.utils.distributed import ParallelState
+
+    configs = [module.config for module in experts]
+    for module in experts:
+        module.parallel_state = ParallelState(module.dp_group, module.tp_group)
+        module.config = copy.copy(module.config)
+        module.config.tensor_model_parallel_size = 1
+    try:
+        yield
+    finally:
+        for module, config in zip(experts, configs, strict=True):
+            module.config = config
 
 
 def from_modelopt(config: Mapping[str, Any]) -> QuantConfig:
