@@ -187,10 +187,11 @@ def make_quantizer(settings: Sequence[Attributes]) -> Any:
 def shared_experts(experts: Sequence[Any]) -> Iterator[None]:
     """Lets ModelOpt put quantizers into experts that several processes share out.
 
-    ModelOpt would refuse tensor together with expert parallelism, which its own distributed
-    checkpoints do not hold, and compare the scales of different processes' experts, where it
-    refuses an expert that saw no token. Neither is needed where those scales are made the same
-    beforehand: inside, each process's experts are a model of their own to ModelOpt.
+    ModelOpt refuses tensor together with expert parallelism, which its own distributed checkpoints
+    do not hold. It also exchanges scales between different processes' experts: those of inputs,
+    where it refuses an expert that saw no token, and with SmoothQuant those of weights, which
+    belong to other experts. What is converted inside exchanges nothing with other experts; its
+    user makes the scales of inputs the same.
 
     Args:
         experts: Megatron-Core's ``SequentialMLP`` modules, before their conversion.
@@ -199,7 +200,6 @@ def shared_experts(experts: Sequence[Any]) -> Iterator[None]:
 
     configs = [module.config for module in experts]
     for module in experts:
-        module.parallel_state = ParallelState(module.dp_group, module.tp_group)
         module.config = copy.copy(module.config)
         module.config.tensor_model_parallel_size = 1
     try:
@@ -207,6 +207,10 @@ def shared_experts(experts: Sequence[Any]) -> Iterator[None]:
     finally:
         for module, config in zip(experts, configs, strict=True):
             module.config = config
+    for module in experts:
+        state = ParallelState(module.dp_group, module.tp_group)
+        for expert in module.local_experts:
+            expert.linear_fc1.parallel_state = expert.linear_fc2.parallel_state = state
 
 
 def from_modelopt(config: Mapping[str, Any]) -> QuantConfig:
