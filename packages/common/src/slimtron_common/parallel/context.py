@@ -257,6 +257,8 @@ def check_world_size(config: ParallelConfig, world_size: int) -> None:
             where="parallel.expert_parallel_size",
             found=config.expert_parallel_size,
             allowed=f"a divisor of {rest}",
+            hint=f"start it with: torchrun --nproc-per-node {config.min_world_size} -m "
+            "slimtron_NAME ...",
         )
 
 
