@@ -99,15 +99,16 @@ def _export(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Mixtral whose first layer never sends a token to its last two experts."""
+    """A mixture whose first layer never sends a token to its last two experts."""
     path = write_tiny_model(
-        tmp_path_factory.mktemp("model") / "mixtral",
-        "mixtral",
+        tmp_path_factory.mktemp("model") / "mixture",
+        "qwen3_moe",
         num_hidden_layers=2,
         num_experts_per_tok=1,
+        norm_topk_prob=False,
     )
     tensors = load_file(path / "model.safetensors")
-    router = tensors["model.layers.0.block_sparse_moe.gate.weight"]
+    router = tensors["model.layers.0.mlp.gate.weight"]
     # Of two opposite numbers one is positive.
     router[1] = -router[0]
     router[2:] = 0
@@ -133,12 +134,16 @@ def test_one_process_counts_and_completes(one: tuple[Path, dict[str, Outcome]]) 
         completed = [item.quantizer for item in mended if "no token" in item.reason]
         assert completed == (names if key in ("fp8", "int8_sq") else [])
     tensors = load_file(folder / "fp8" / "model.safetensors")
-    layer = "model.layers.0.block_sparse_moe.experts"
+    layer = "model.layers.0.mlp.experts"
     # Engines take one scale for all experts, and one for both halves of the first product.
     for scales in (
-        {float(tensors[f"{layer}.{e}.{w}.input_scale"]) for e in range(4) for w in ("w1", "w3")},
-        {float(tensors[f"{layer}.{e}.w2.input_scale"]) for e in range(4)},
-        {float(tensors[f"{layer}.3.{w}.weight_scale"]) for w in ("w1", "w3")},
+        {
+            float(tensors[f"{layer}.{e}.{w}.input_scale"])
+            for e in range(4)
+            for w in ("gate_proj", "up_proj")
+        },
+        {float(tensors[f"{layer}.{e}.down_proj.input_scale"]) for e in range(4)},
+        {float(tensors[f"{layer}.3.{w}.weight_scale"]) for w in ("gate_proj", "up_proj")},
     ):
         assert len(scales) == 1
 
