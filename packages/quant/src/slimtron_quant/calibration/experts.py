@@ -8,10 +8,11 @@ saw no token has one that way, too.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -93,6 +94,8 @@ class RoutedTokens:
                     self._counts.append(count)
                     handle = router.register_forward_hook(self._hook(count))
                     hooks.callback(handle.remove)
+                    if self._to_all:
+                        hooks.enter_context(_dispatching_to_all(layer.mlp.token_dispatcher))
                 forward_loop(model)
 
         return loop
@@ -185,10 +188,22 @@ def _part(shared: Tensor, quantizer: Any) -> Tensor:
     return shared[0] if quantizer._calibrator._axis is None else shared[1:].unsqueeze(0)
 
 
+@contextmanager
+def _dispatching_to_all(dispatcher: Any) -> Iterator[None]:
+    """Lets a dispatcher take as many copies of a token as there are experts."""
+    config = dispatcher.config
+    dispatcher.config = copy.copy(config)
+    # Of a dispatcher's settings this one counts the copies; the router has its own.
+    dispatcher.config.moe_router_topk = config.num_moe_experts
+    try:
+        yield
+    finally:
+        dispatcher.config = config
+
+
 def _check_dispatch(config: Any) -> None:
     for name, allowed in (
         ("moe_token_dispatcher_type", ("alltoall",)),
-        ("moe_permute_fusion", (False,)),
         ("moe_expert_capacity_factor", (None,)),
     ):
         found = getattr(config, name)

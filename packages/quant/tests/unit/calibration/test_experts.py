@@ -71,7 +71,7 @@ def test_routers_are_watched_and_experts_see_all_on_request(tmp_path: Path) -> N
                 as_routed = outputs
         assert not model.decoder.layers[0].mlp.router._forward_hooks
 
-        model.config.moe_permute_fusion = True
+        model.config.moe_expert_capacity_factor = 1.0
         with pytest.raises(ConfigError, match="every token") as caught:
             RoutedTokens(model, to_all=True)
         assert caught.value.where == "calibrate_all_experts"
