@@ -31,6 +31,7 @@ from slimtron_common.parallel.context import (
     resolve_device,
     world_size_from_environment,
 )
+from slimtron_common.parallel.schedule import check_context_parallel
 from slimtron_common.progress import stage
 
 __all__ = ["Conversion", "ConversionPlan", "convert", "plan_conversion"]
@@ -102,6 +103,7 @@ def plan_conversion(
     """
     parallel = parallel or ParallelConfig()
     check_world_size(parallel, world_size or world_size_from_environment())
+    check_context_parallel(parallel.context_parallel_size)
     kind, path = parse_spec(target, where="DST", kinds=WRITTEN_KINDS)
     checkpoint = open_checkpoint(source, where="SRC")
     written = checkpoint.compute_dtype(dtype, "") if dtype else checkpoint.dtype
@@ -119,6 +121,7 @@ def plan_conversion(
     checkpoint.architecture.check_parallel(
         tensor_parallel_size=parallel.tensor_parallel_size,
         pipeline_parallel_size=parallel.pipeline_parallel_size,
+        expert_parallel_size=parallel.expert_parallel_size,
     )
     check_writable(
         path, overwrite=overwrite, required_bytes=checkpoint.num_parameters * written.itemsize

@@ -23,8 +23,10 @@ def shard_parameters(checkpoint: Checkpoint, parallel: ParallelConfig) -> float:
     architecture = checkpoint.architecture
     embedding = architecture.vocab_size * architecture.hidden_size
     # A stage with an embedding is the largest; a tied output layer is a second copy under PP.
-    layers = (checkpoint.num_parameters - embedding) / parallel.pipeline_parallel_size
-    return (layers + embedding) / parallel.tensor_parallel_size
+    experts = architecture.num_expert_parameters
+    shared = checkpoint.num_parameters - embedding - experts
+    layers = shared + experts / parallel.expert_parallel_size
+    return (layers / parallel.pipeline_parallel_size + embedding) / parallel.tensor_parallel_size
 
 
 def required_memory(parts: Iterable[float]) -> int:

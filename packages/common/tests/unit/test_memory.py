@@ -66,3 +66,11 @@ def test_shard_of_the_only_process_is_the_model(tied: bool, tmp_path: Path) -> N
     embedding = 300 * checkpoint.architecture.hidden_size
     stages = ParallelConfig(pipeline_parallel_size=2)
     assert shard_parameters(checkpoint, stages) == (built - embedding) / 2 + embedding
+
+
+def test_experts_are_shared_out(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "tiny", "mixtral", tokenizer=False)
+    checkpoint = open_checkpoint(f"hf:{path}")
+    experts = checkpoint.architecture.num_expert_parameters
+    shared = ParallelConfig(expert_parallel_size=2)
+    assert shard_parameters(checkpoint, shared) == checkpoint.num_parameters - experts / 2

@@ -7,6 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,18 @@ from slimtron_common.checkpoint import open_checkpoint
 from slimtron_common.data import token_dataset
 from slimtron_common.data.config import DataConfig
 from slimtron_common.errors import ConfigError
-from slimtron_common.integrations.modelopt import to_modelopt
+from slimtron_common.integrations.modelopt import shared_experts, to_modelopt
 from slimtron_common.models.adjustments import weight_expert_outputs
 from slimtron_common.models.megatron import architecture_of
 from slimtron_common.parallel import ParallelContext, forward_only, unwrap_model
 from slimtron_common.progress import Progress
 from slimtron_quant.awq import awq_calibrate
+from slimtron_quant.calibration.experts import (
+    ExpertTokens,
+    RoutedTokens,
+    expert_modules,
+    warn_of_short_experts,
+)
 from slimtron_quant.calibration.floors import floor_input_scales
 from slimtron_quant.calibration.kv_cache import (
     check_kv_quantizers,
@@ -36,7 +43,13 @@ from slimtron_quant.config import ExportConfig, QuantizationConfig
 from slimtron_quant.errors import CalibrationError
 from slimtron_quant.export.huggingface import export_huggingface
 from slimtron_quant.recipes import Scheme, quantization_scheme
-from slimtron_quant.summary import LayerSummary, layer_offset, summarize
+from slimtron_quant.summary import (
+    LayerSummary,
+    expert_range,
+    global_name,
+    layer_offset,
+    summarize,
+)
 
 __all__ = ["Quantizer", "calibration_loop"]
 
@@ -67,7 +80,10 @@ class Quantizer:
         self.layers: list[LayerSummary] = []
         """After ``quantize``: every linear layer's format and the noise in its weights."""
         self.mended: list[MendedScale] = []
-        """After ``quantize``: the scales that were too small and had to be raised."""
+        """After ``quantize``: the scales that were missing or too small and had to be mended."""
+        self.experts: list[ExpertTokens] = []
+        """After ``quantize``: the calibration tokens of every expert, by layer; none for a dense
+        model and for recipes that only round weights."""
 
     def quantize(self, model: Any, forward_loop: ForwardLoop | None = None) -> Any:
         """Quantizes a model in place and calibrates it.
@@ -101,11 +117,14 @@ class Quantizer:
         scheme.check_device(context.device.type)
         if scheme.needs_calibration and forward_loop is None:
             forward_loop = self._default_forward_loop(model, context)
+        routed = RoutedTokens(megatron, to_all=self.quantization_config.calibrate_all_experts)
         calibration = self._attach(megatron, scheme)
+        loop = None
+        if scheme.needs_calibration and forward_loop is not None:
+            loop = routed.during(forward_loop)
         with _quiet_modelopt():
-            self._calibrate(
-                megatron, calibration, forward_loop if scheme.needs_calibration else None
-            )
+            self._calibrate(megatron, calibration, loop)
+        self.experts = routed.result(context)
         self._finish(megatron, context, scheme)
         return model
 
@@ -170,9 +189,11 @@ class Quantizer:
         if scheme.kv_cache is not None:
             register_attention()
         config = scheme.modelopt_config(
-            layer_offset=layer_offset(model), num_layers=len(model.decoder.layers)
+            layer_offset=layer_offset(model),
+            num_layers=len(model.decoder.layers),
+            experts=expert_range(model),
         )
-        with _quiet_modelopt():
+        with _quiet_modelopt(), shared_experts(expert_modules(model)):
             mtq.quantize(model, to_modelopt(config.with_algorithm(None)))
         if scheme.kv_cache is not None:
             check_kv_quantizers(model)
@@ -187,9 +208,29 @@ class Quantizer:
 
     def _finish(self, model: nn.Module, context: ParallelContext, scheme: Scheme) -> None:
         """Checks the scales of a calibrated model and describes what became of its layers."""
-        self.mended = [*check_scales(model).mended, *floor_input_scales(model)]
+        mended = {}
+        for item in (*check_scales(model).mended, *floor_input_scales(model)):
+            name = global_name(model, item.quantizer)
+            mended[name, item.reason] = replace(item, quantizer=name)
+        self.mended = [*self._idle_experts(scheme), *context.joined(mended).values()]
         raise_kv_scales(model)
         self.layers = summarize(model, context, scheme.reasons)
+
+    def _idle_experts(self, scheme: Scheme) -> Iterator[MendedScale]:
+        """The input scales of the experts that no token reached."""
+        config = self.quantization_config
+        if config.calibrate_all_experts:
+            return
+        warn_of_short_experts(self.experts, config.min_expert_tokens)
+        idle = {(layer.layer, expert) for layer in self.experts for expert in layer.below(1)}
+        for name, settings in scheme.settings.items():
+            layer = scheme.layers[name]
+            if (layer.layer, layer.expert) in idle and settings.needs_calibration:
+                yield MendedScale(
+                    quantizer=f"{name}.input_quantizer",
+                    elements=1,
+                    reason="no token reached the expert: it takes what the layer's others saw",
+                )
 
     def _calibrate(
         self, model: nn.Module, algorithm: Algorithm, forward_loop: ForwardLoop | None

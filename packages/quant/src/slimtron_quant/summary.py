@@ -14,7 +14,14 @@ from torch import nn
 from slimtron_common.parallel.context import ParallelContext
 from slimtron_quant.formats.detect import detect_format
 
-__all__ = ["LayerSummary", "layer_offset", "linear_modules", "summarize"]
+__all__ = [
+    "LayerSummary",
+    "expert_range",
+    "global_name",
+    "layer_offset",
+    "linear_modules",
+    "summarize",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +29,7 @@ class LayerSummary:
     """One linear layer after quantization."""
 
     name: str
-    """Module name, layers counted from 0 over the whole model."""
+    """Module name, layers and experts counted from 0 over the whole model."""
 
     format: str | None
     """Format of the weights; None where they stay as they were."""
@@ -68,8 +75,7 @@ def summarize(
         context: This process's place.
         reasons: Why layers stay as they are, by name in the whole model (``Scheme.reasons``).
     """
-    offset = layer_offset(model)
-    rows = []
+    rows = {}
     for name, module in linear_modules(model).items():
         sums = torch.zeros(3, dtype=torch.float64, device=context.device)
         sums[2] = module.weight.numel()
@@ -85,20 +91,16 @@ def summarize(
         sqnr = None
         if spec is not None:
             sqnr = 10 * float(torch.log10(torch.tensor(signal / max(noise, 1e-300))))
-        whole_name = global_name(name, offset)
-        rows.append(
-            LayerSummary(
-                name=whole_name,
-                format=None if spec is None else spec.name,
-                num_parameters=int(count),
-                input_amax=None if amax is None else float(amax.max()),
-                sqnr_db=sqnr,
-                reason=None if spec else reasons.get(whole_name, _other_reason(name)),
-            )
+        whole_name = global_name(model, name)
+        rows[whole_name] = LayerSummary(
+            name=whole_name,
+            format=None if spec is None else spec.name,
+            num_parameters=int(count),
+            input_amax=None if amax is None else float(amax.max()),
+            sqnr_db=sqnr,
+            reason=None if spec else reasons.get(whole_name, _other_reason(name)),
         )
-    stages: list[list[LayerSummary]] = [[] for _ in range(context.pp_size)]
-    dist.all_gather_object(stages, rows, group=context.pp_group)
-    return [row for stage in stages for row in stage]
+    return list(context.joined(rows).values())
 
 
 def _other_reason(name: str) -> str:
@@ -110,8 +112,22 @@ def layer_offset(model: Any) -> int:
     return int(model.decoder.layers[0].layer_number) - 1
 
 
-def global_name(name: str, offset: int) -> str:
-    """Renames ``decoder.layers.<local>`` to the layer's number in the whole model."""
+def expert_range(model: Any) -> range:
+    """The experts of the whole model that this process holds; empty for a dense model."""
+    indices = getattr(model.decoder.layers[0].mlp, "local_expert_indices", [])
+    return range(indices[0], indices[-1] + 1) if indices else range(0)
+
+
+def global_name(model: Any, name: str) -> str:
+    """Numbers a module's layer, and its expert if it is in one, as in the whole model.
+
+    Args:
+        model: The bare Megatron-Core model.
+        name: A name in this process, beginning with ``decoder.layers.``.
+    """
     parts = name.split(".")
-    parts[2] = str(int(parts[2]) + offset)
+    parts[2] = str(int(parts[2]) + layer_offset(model))
+    if "local_experts" in parts:
+        number = parts.index("local_experts") + 1
+        parts[number] = str(int(parts[number]) + expert_range(model).start)
     return ".".join(parts)

@@ -77,13 +77,14 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
         (random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
         (random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
-        (dist, "all_gather", _all_gather_of_scalars(dist.all_gather)),
+        (dist, "all_gather", _all_gather_of_any_size(dist.all_gather)),
+        (dist, "reduce_scatter", _reduce_scatter_of_any_size(dist.reduce_scatter)),
         (dist, "all_to_all_single", _all_to_all_of_lists(dist.all_to_all_single)),
     ]
 
 
-def _all_gather_of_scalars(all_gather: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives gloo one-element views of zero-dimensional tensors, which it refuses to gather."""
+def _all_gather_of_any_size(all_gather: Callable[..., Any]) -> Callable[..., Any]:
+    """Gathers what gloo refuses: zero-dimensional tensors, and different numbers of rows."""
 
     def wrapped(
         outputs: list[torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any
@@ -91,7 +92,37 @@ def _all_gather_of_scalars(all_gather: Callable[..., Any]) -> Callable[..., Any]
         if tensor.dim() == 0:
             outputs = [output.view(1) if output.dim() == 0 else output for output in outputs]
             tensor = tensor.view(1)
-        return all_gather(outputs, tensor, *args, **kwargs)
+        longest = max(map(len, outputs))
+        if all(len(output) == longest for output in outputs):
+            return all_gather(outputs, tensor, *args, **kwargs)
+        padded = [output.new_empty(longest, *output.shape[1:]) for output in outputs]
+        own = tensor.new_zeros(longest, *tensor.shape[1:])
+        own[: len(tensor)] = tensor
+        all_gather(padded, own, *args, **kwargs)
+        for output, rows in zip(outputs, padded, strict=True):
+            output.copy_(rows[: len(output)])
+        return None
+
+    return wrapped
+
+
+def _reduce_scatter_of_any_size(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
+    """Sums for each process its part of the rows, which gloo wants to be equally many."""
+
+    def wrapped(
+        output: torch.Tensor,
+        inputs: list[torch.Tensor],
+        op: Any = dist.ReduceOp.SUM,
+        group: dist.ProcessGroup | None = None,
+        async_op: bool = False,
+    ) -> Any:
+        sizes = [len(rows) for rows in inputs]
+        if len(set(sizes)) == 1:
+            return reduce_scatter(output, inputs, op, group, async_op)
+        whole = torch.cat(inputs)
+        dist.all_reduce(whole, op, group)
+        output.copy_(torch.split(whole, sizes)[dist.get_rank(group)])
+        return None
 
     return wrapped
 

@@ -45,6 +45,9 @@ def register(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel processes")
     machine.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline stages")
     machine.add_argument(
+        "--ep", type=int, default=1, metavar="N", help="processes that share out the experts"
+    )
+    machine.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute"
     )
     machine.add_argument(
@@ -79,7 +82,11 @@ def execute(args: argparse.Namespace) -> int:
             text_field=args.text_field,
         ),
         against=args.against,
-        parallel=ParallelConfig(tensor_parallel_size=args.tp, pipeline_parallel_size=args.pp),
+        parallel=ParallelConfig(
+            tensor_parallel_size=args.tp,
+            pipeline_parallel_size=args.pp,
+            expert_parallel_size=args.ep,
+        ),
         device=args.device,
         dtype=args.dtype,
         seed=args.seed,

@@ -53,8 +53,8 @@ class TokenDataset:
 
         Over all ranks every sequence appears exactly once, so where ``dp_size`` does not divide
         the number of sequences some ranks have one more than others, and where
-        ``micro_batch_size`` does not divide a rank's share its last micro-batch is smaller. A
-        forward pass in which data-parallel ranks meet (expert parallelism) needs both to divide.
+        ``micro_batch_size`` does not divide a rank's share its last micro-batch is smaller.
+        Forward passes in which data-parallel ranks meet need ``check_equal_shares``.
 
         Args:
             micro_batch_size: Sequences in a micro-batch.
@@ -94,6 +94,28 @@ class TokenDataset:
             )
         shard = torch.tensor(self.tokens[dp_rank::dp_size])
         return list(torch.split(shard, micro_batch_size))
+
+    def check_equal_shares(self, dp_size: int, *, where: str) -> None:
+        """Refuses what gives some data-parallel ranks a sequence more than others.
+
+        Under expert parallelism the ranks wait for each other in every layer, so all of them must
+        make the same number of forward passes.
+
+        Args:
+            dp_size: The number of data-parallel ranks.
+            where: The setting to name.
+
+        Raises:
+            ParallelismError: ``dp_size`` does not divide the number of sequences.
+        """
+        if self.num_sequences % dp_size:
+            raise ParallelismError(
+                "with expert parallelism every data-parallel process needs as many sequences as "
+                "the others",
+                where=where,
+                found=f"{self.num_sequences} sequences for {dp_size} processes",
+                allowed=f"a multiple of {dp_size} sequences",
+            )
 
 
 def token_dataset(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> TokenDataset:

@@ -27,6 +27,7 @@ from slimtron_common.parallel.context import (
     resolve_device,
     world_size_from_environment,
 )
+from slimtron_common.parallel.schedule import check_context_parallel
 from slimtron_common.progress import stage
 from slimtron_common.report import Column, Comparison, Number
 
@@ -81,6 +82,7 @@ def plan_evaluation(
     parallel = parallel or ParallelConfig()
     world_size = world_size or world_size_from_environment()
     check_world_size(parallel, world_size)
+    check_context_parallel(parallel.context_parallel_size)
     device = resolve_device(device)
     if config.source is None:
         raise ConfigError("an evaluation needs text", where="source", found=None)
@@ -101,6 +103,9 @@ def plan_evaluation(
         _check_fit(reference, config, parallel)
         _check_space(reference, config, device, dtype)
     dataset = token_dataset(data, checkpoint.tokenizer())
+    if parallel.expert_parallel_size > 1:
+        replicas = world_size // parallel.model_parallel_size
+        dataset.check_equal_shares(replicas, where="num_tokens")
     if reference is not None:
         _check_same_tokens(checkpoint, reference, data, dataset)
     return EvaluationPlan(
@@ -150,6 +155,7 @@ def _check_fit(checkpoint: Checkpoint, config: EvaluationConfig, parallel: Paral
     architecture.check_parallel(
         tensor_parallel_size=parallel.tensor_parallel_size,
         pipeline_parallel_size=parallel.pipeline_parallel_size,
+        expert_parallel_size=parallel.expert_parallel_size,
     )
     if config.seq_length > architecture.max_position_embeddings:
         raise ConfigError(
@@ -245,8 +251,7 @@ def _facts(plan: EvaluationPlan) -> dict[str, str]:
         "Evaluated on": f"{plan.config.source}: {dataset.num_sequences} sequences of "
         f"{dataset.seq_length} tokens (SHA-256 {dataset.fingerprint[:12]})",
         "Computed in": f"{dtype} on {plan.device}".replace("torch.", ""),
-        "Layout": f"tensor {parallel.tensor_parallel_size}, pipeline "
-        f"{parallel.pipeline_parallel_size}, {plan.world_size} process(es)",
+        "Layout": parallel.describe(plan.world_size),
         "Seed": str(plan.seed),
         "Versions": ", ".join(f"{k} {v}" for k, v in environment_versions().items()),
     }

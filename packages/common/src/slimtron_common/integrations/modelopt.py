@@ -30,6 +30,7 @@ __all__ = [
     "named_config",
     "recipe_config",
     "recipe_names",
+    "shared_experts",
     "to_modelopt",
 ]
 
@@ -180,6 +181,36 @@ def make_quantizer(settings: Sequence[Attributes]) -> Any:
     if not quantizers:
         return TensorQuantizer(QuantizerAttributeConfig(enable=False))
     return quantizers[0] if len(quantizers) == 1 else SequentialQuantizer(*quantizers)
+
+
+@contextlib.contextmanager
+def shared_experts(experts: Sequence[Any]) -> Iterator[None]:
+    """Lets ModelOpt put quantizers into experts that several processes share out.
+
+    ModelOpt refuses tensor together with expert parallelism, which its own distributed checkpoints
+    do not hold. It also exchanges scales between different processes' experts: those of inputs,
+    where it refuses an expert that saw no token, and with SmoothQuant those of weights, which
+    belong to other experts. What is converted inside exchanges nothing with other experts; its
+    user makes the scales of inputs the same.
+
+    Args:
+        experts: Megatron-Core's ``SequentialMLP`` modules, before their conversion.
+    """
+    from modelopt.torch.utils.distributed import ParallelState
+
+    configs = [module.config for module in experts]
+    for module in experts:
+        module.config = copy.copy(module.config)
+        module.config.tensor_model_parallel_size = 1
+    try:
+        yield
+    finally:
+        for module, config in zip(experts, configs, strict=True):
+            module.config = config
+    for module in experts:
+        state = ParallelState(module.dp_group, module.tp_group)
+        for expert in module.local_experts:
+            expert.linear_fc1.parallel_state = expert.linear_fc2.parallel_state = state
 
 
 def from_modelopt(config: Mapping[str, Any]) -> QuantConfig:

@@ -99,6 +99,13 @@ class Architecture:
         """Width of all key heads together, equal to that of all value heads."""
         return self.num_query_groups * self.head_dim
 
+    @property
+    def num_expert_parameters(self) -> int:
+        """Weights of all experts of all layers together; 0 for a dense model."""
+        matrices = 3 if self.gated else 2
+        size = matrices * self.hidden_size * self.ffn_hidden_size
+        return self.num_layers * self.moe.num_experts * size if self.moe else 0
+
     def padded_vocab_size(self, tensor_parallel_size: int) -> int:
         """Vocabulary rounded up to a multiple of ``tensor_parallel_size``."""
         return -(-self.vocab_size // tensor_parallel_size) * tensor_parallel_size

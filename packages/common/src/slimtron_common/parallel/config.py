@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from slimtron_common.errors import ConfigError
@@ -50,3 +51,16 @@ class ParallelConfig:
     def model_parallel_size(self) -> int:
         """Processes that hold one copy of the model."""
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
+
+    @property
+    def min_world_size(self) -> int:
+        """The fewest processes: those that share experts out may be data-parallel ones."""
+        shared = math.lcm(self.context_parallel_size, self.expert_parallel_size)
+        return self.model_parallel_size // self.context_parallel_size * shared
+
+    def describe(self, world_size: int) -> str:
+        """The layout of ``world_size`` processes, for reports."""
+        parts = [f"tensor {self.tensor_parallel_size}", f"pipeline {self.pipeline_parallel_size}"]
+        if self.expert_parallel_size > 1:
+            parts.append(f"expert {self.expert_parallel_size}")
+        return ", ".join([*parts, f"{world_size} process(es)"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,9 @@ from slimtron_common.parallel.config import ParallelConfig
 __all__ = ["Device", "ParallelContext", "initialize_parallel", "resolve_device"]
 
 Device = Literal["auto", "cpu", "cuda"]
+
+K = TypeVar("K")
+T = TypeVar("T")
 
 _SLURM_TASKS = "SLURM_STEP_NUM_TASKS"
 """Set by ``srun`` alone."""
@@ -53,6 +57,9 @@ class ParallelContext:
     """Data parallelism without context parallelism: the ranks that see different sequences."""
     dp_cp_group: dist.ProcessGroup
     """Data and context parallelism: the ranks that see different tokens."""
+    expert_dp_rank: int
+    """Which copy of the experts this is; those of one rank hold every expert once. It is 0 on the
+    first data-parallel rank, and without expert parallelism there alone."""
     sequence_parallel: bool
     _teardown: contextlib.ExitStack = field(repr=False, compare=False)
 
@@ -99,6 +106,7 @@ class ParallelContext:
             dp_size=parallel_state.get_data_parallel_world_size(),
             dp_group=parallel_state.get_data_parallel_group(),
             dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
             sequence_parallel=sequence_parallel,
             _teardown=teardown or contextlib.ExitStack(),
         )
@@ -122,6 +130,18 @@ class ParallelContext:
     def is_writer(self) -> bool:
         """Whether this process writes its pipeline stage's weights to disk."""
         return self.tp_rank == 0 and self.dp_rank == 0 and self.cp_rank == 0
+
+    def joined(self, part: Mapping[K, T]) -> dict[K, T]:
+        """Joins what the processes of one copy of the model know, by names in the whole model.
+
+        Every process of the copy calls it with what it knows of its stage and its experts.
+        """
+        found = dict(part)
+        for size, group in ((self.ep_size, self.ep_group), (self.pp_size, self.pp_group)):
+            parts: list[dict[K, T]] = [{}] * size
+            dist.all_gather_object(parts, found, group=group)
+            found = {name: item for part in parts for name, item in part.items()}
+        return found
 
     def barrier(self) -> None:
         """Waits for every process."""
@@ -237,6 +257,8 @@ def check_world_size(config: ParallelConfig, world_size: int) -> None:
             where="parallel.expert_parallel_size",
             found=config.expert_parallel_size,
             allowed=f"a divisor of {rest}",
+            hint=f"start it with: torchrun --nproc-per-node {config.min_world_size} -m "
+            "slimtron_NAME ...",
         )
 
 

@@ -7,13 +7,14 @@ from itertools import groupby
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from slimtron_common.errors import ParallelismError
 from slimtron_common.parallel.context import ParallelContext
 from slimtron_common.parallel.unwrap import unwrap_chunks
 
-__all__ = ["forward_only"]
+__all__ = ["check_context_parallel", "forward_only"]
 
 OnLogits = Callable[[int, torch.Tensor], None]
 
@@ -39,15 +40,11 @@ def forward_only(
             index into ``batches`` and logits ``[b, s, v/tp]``.
 
     Raises:
-        ParallelismError: Context parallelism, which the schedule does not cut batches for.
+        ParallelismError: Context parallelism, which the schedule does not cut batches for; or
+            processes that share experts out pass different numbers of batches.
     """
-    if context.cp_size > 1:
-        raise ParallelismError(
-            "sequences are not cut over context-parallel processes here",
-            where="parallel.context_parallel_size",
-            found=context.cp_size,
-            allowed=1,
-        )
+    check_context_parallel(context.cp_size)
+    _check_counts(len(batches), context)
     chunks = unwrap_chunks(model)
     run = get_forward_backward_func()
     for shape, group in groupby(enumerate(batches), key=lambda item: item[1].shape):
@@ -63,6 +60,39 @@ def forward_only(
             micro_batch_size=micro_batch_size,
             decoder_seq_length=seq_length,
             forward_only=True,
+        )
+
+
+def check_context_parallel(size: int) -> None:
+    """Refuses to cut sequences over processes.
+
+    Raises:
+        ParallelismError: ``size`` is not 1.
+    """
+    if size > 1:
+        raise ParallelismError(
+            "sequences are not cut over context-parallel processes here: only Transformer "
+            "Engine's attention could put them together again",
+            where="parallel.context_parallel_size",
+            found=size,
+            allowed=1,
+            hint="leave it out: these processes then take whole sequences each (data "
+            "parallelism), and the statistics of the text are the same",
+        )
+
+
+def _check_counts(num_batches: int, context: ParallelContext) -> None:
+    """In every layer a process waits for those that hold other experts of its model."""
+    if context.ep_size == 1:
+        return
+    counts = [0] * context.ep_size
+    dist.all_gather_object(counts, num_batches, group=context.ep_group)
+    if len(set(counts)) > 1:
+        raise ParallelismError(
+            "processes that share experts out need equally many batches each",
+            where="parallel.expert_parallel_size",
+            found=", ".join(map(str, counts)),
+            hint="take a number of sequences that the data-parallel processes divide",
         )
 
 

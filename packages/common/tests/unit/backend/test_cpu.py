@@ -93,6 +93,9 @@ def test_collectives_take_what_megatron_core_gives() -> None:
             rows = [torch.zeros(2, 2)]
             dist.all_gather(rows, torch.ones(2, 2))
             assert rows[0].sum() == 4
+            sums = torch.zeros(2, 2)
+            dist.reduce_scatter(sums, [torch.ones(2, 2)])
+            assert sums.sum() == 4
             sizes, received = torch.tensor([2]), torch.zeros(2, 2)
             dist.all_to_all_single(received, torch.ones(2, 2), sizes, input_split_sizes=sizes)
             assert received.sum() == 4

@@ -46,6 +46,8 @@ def test_layout_without_its_processes_is_refused(
 ) -> None:
     assert main(["convert", f"hf:{tiny}", f"megatron:{tmp_path / 'out'}", "--pp", "2"]) == 2
     assert "torchrun --nproc-per-node 2" in capsys.readouterr().err
+    assert main(["convert", f"hf:{tiny}", f"megatron:{tmp_path / 'out'}", "--ep", "2"]) == 2
+    assert "torchrun --nproc-per-node 2" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -48,6 +48,7 @@ def test_prints_the_distance_to_another_model(
         (["--num-tokens", "100"], "multiple of seq_length"),
         (["--seq-length", "1024", "--num-tokens", "1024"], "longer than the model's positions"),
         (["--tp", "2"], "torchrun"),
+        (["--ep", "2"], "torchrun --nproc-per-node 2"),
         (["--data", "nothing.txt"], "nothing.txt"),
         (["--text-field", ""], "text_field"),
         (["--against", "hf:nothing"], "does not exist"),

@@ -147,3 +147,11 @@ def test_errors_of_the_source_keep_their_place(tmp_path: Path, tokenizer: Any) -
     with pytest.raises(CheckpointError) as missing:
         token_dataset(DataConfig(source="no.jsonl", num_tokens=4), tokenizer)
     assert missing.value.where == "no.jsonl"
+
+
+def test_equal_shares() -> None:
+    dataset = TokenDataset(np.zeros((6, 4), dtype=np.int64))
+    dataset.check_equal_shares(3, where="num_tokens")
+    with pytest.raises(ParallelismError, match="as many sequences") as caught:
+        dataset.check_equal_shares(4, where="num_tokens")
+    assert (caught.value.where, caught.value.allowed) == ("num_tokens", "a multiple of 4 sequences")

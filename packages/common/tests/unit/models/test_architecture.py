@@ -35,6 +35,15 @@ def test_vocabulary_is_padded_to_the_next_multiple(tp: int, padded: int) -> None
     assert 0 <= padded - SMOLLM2.vocab_size < tp
 
 
+def test_parameters_of_experts() -> None:
+    mixture = MixtureOfExperts(num_experts=8, experts_per_token=2)
+    assert SMOLLM2.num_expert_parameters == 0
+    gated = dataclasses.replace(SMOLLM2, moe=mixture)
+    assert gated.num_expert_parameters == 30 * 8 * 3 * 576 * 1536
+    plain = dataclasses.replace(gated, activation="squared_relu")
+    assert plain.num_expert_parameters == 30 * 8 * 2 * 576 * 1536
+
+
 def test_admitted_sizes_are_those_that_divide() -> None:
     assert SMOLLM2.tensor_parallel_sizes == [1, 3]
     assert SMOLLM2.pipeline_parallel_sizes == [1, 2, 3, 5, 6, 10, 15, 30]

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimtron_quant.calibration.experts import share_maxima
+
 __all__ = ["ForwardLoop", "collecting_maxima"]
 
 ForwardLoop = Callable[[Any], None]
@@ -31,8 +33,9 @@ def collecting_maxima(forward_loop: ForwardLoop) -> ForwardLoop:
         forward_loop: Runs the text.
 
     Returns:
-        A loop after which ModelOpt's calibrators hold what they would have collected. NaN and
-        infinity are left for the check of the scales to find.
+        A loop after which ModelOpt's calibrators hold what they would have collected, those of a
+        mixture's experts what ``share_maxima`` makes of it. NaN and infinity are left for the
+        check of the scales to find.
     """
 
     def loop(model: nn.Module) -> None:
@@ -65,6 +68,9 @@ def _collected(model: nn.Module) -> Iterator[None]:
         yield
         for collector in collectors:
             collector.quantizer._calibrator._calib_amax = collector.largest
+        maxima = ((collector.quantizer, collector.largest) for collector in collectors)
+        for quantizer, shared in share_maxima(model, maxima):
+            quantizer._calibrator._calib_amax = shared
     finally:
         for hook in hooks:
             hook.remove()

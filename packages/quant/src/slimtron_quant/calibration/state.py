@@ -1,7 +1,8 @@
 """The outcome of a calibration on disk, so that it never has to be repeated.
 
 Each process keeps its own part: the scales of its quantizers, and the weights of the layers
-whose weights the algorithm changed (SmoothQuant and AWQ move a factor into them).
+whose weights the algorithm changed (SmoothQuant and AWQ move a factor into them). Of processes
+that hold the same, the first does.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _SCALES = ("_amax", "_pre_quant_scale")
 
 def save_calibration(directory: Path, model: nn.Module, context: ParallelContext) -> None:
     """Writes this process's part into an existing directory."""
-    if context.dp_rank == 0 and context.cp_rank == 0:
+    if context.expert_dp_rank == 0:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in _state(model).items()},
             _file(directory, context),
@@ -79,4 +80,5 @@ def _state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _file(directory: Path, context: ParallelContext) -> Path:
-    return directory / f"calibration-pp{context.pp_rank}-tp{context.tp_rank}.safetensors"
+    place = f"pp{context.pp_rank}-tp{context.tp_rank}-ep{context.ep_rank}"
+    return directory / f"calibration-{place}.safetensors"

@@ -36,6 +36,8 @@ _FLAGS: tuple[tuple[str, tuple[tuple[str, str, type, str, str], ...]], ...] = (
             ("--calib-seq-len", "quantization.calibration_seq_len", int, "N", "tokens in one"),
             ("--calib-batch-size", "quantization.calibration_batch_size", int, "N",
              "sequences in a micro-batch"),
+            ("--min-expert-tokens", "quantization.min_expert_tokens", int, "N",
+             "report experts that saw fewer"),
             ("--eval-data", "evaluation.source", str, "SOURCE", "other text to evaluate with"),
             ("--eval-tokens", "evaluation.num_tokens", int, "N", "tokens to evaluate on"),
             ("--eval-seq-len", "evaluation.seq_length", int, "N", "tokens in a sequence"),
@@ -57,6 +59,8 @@ _FLAGS: tuple[tuple[str, tuple[tuple[str, str, type, str, str], ...]], ...] = (
         (
             ("--tp", "parallel.tensor_parallel_size", int, "N", "tensor-parallel processes"),
             ("--pp", "parallel.pipeline_parallel_size", int, "N", "pipeline stages"),
+            ("--ep", "parallel.expert_parallel_size", int, "N",
+             "processes that share out a mixture's experts"),
             ("--dtype", "dtype", str, "TYPE", "to compute in: auto, float32, bfloat16, float16"),
             ("--device", "device", str, "NAME", "auto, cpu or cuda"),
             ("--seed", "seed", int, "N", "seeds the order of the text"),
@@ -109,6 +113,14 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
                 type=_override,
                 metavar="PATTERN=NAME",
                 help="another recipe for these modules, or none; may be repeated",
+            )
+        if title == "text":
+            group.add_argument(
+                "--calibrate-all-experts",
+                dest="quantization.calibrate_all_experts",
+                action="store_true",
+                default=None,
+                help="calibrate every expert on every token; outputs stay as routed",
             )
         if title == "machine":
             group.add_argument(

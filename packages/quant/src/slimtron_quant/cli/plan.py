@@ -32,6 +32,6 @@ def execute(args: argparse.Namespace) -> int:
     from slimtron_quant.job.preflight import preflight
 
     # Nothing is started, so the processes are those that the job asks for.
-    processes = config.parallel.model_parallel_size
+    processes = config.parallel.min_world_size
     print_plan(preflight(config, overwrite=args.overwrite, world_size=processes))
     return 0

@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from slimtron_common.checkpoint.base import CONFIG_NAME
 from slimtron_common.checkpoint.huggingface import write_json
-from slimtron_common.checkpoint.weights import BoundParameter, bound_parameters, gather_shards
+from slimtron_common.checkpoint.weights import (
+    BoundParameter,
+    bound_parameters,
+    gather_shards,
+    stage_tensors,
+)
 from slimtron_common.checkpoint.writer import (
     collective_directory,
     copy_files,
@@ -26,7 +30,7 @@ from slimtron_common.checkpoint.writer import (
 from slimtron_common.errors import VerificationError
 from slimtron_common.models import Architecture
 from slimtron_common.models.huggingface import config_from_architecture
-from slimtron_common.models.mapping import Layout
+from slimtron_common.models.mapping import Layout, model_parameters
 from slimtron_common.parallel import ParallelContext
 from slimtron_quant.export.folding import fold_input_factors, input_factor
 from slimtron_quant.export.kv_cache import kv_cache_scales
@@ -107,15 +111,15 @@ def write_huggingface(
 def _quantized_layers(
     model: nn.Module, architecture: Architecture, context: ParallelContext
 ) -> dict[str, LayerFormat | None]:
-    """Each linear layer's Hugging Face name with its format, over all pipeline stages."""
-    local: dict[str, LayerFormat | None] = {}
+    """Each linear layer's Hugging Face name with its format, in the order of the model."""
+    found: dict[str, LayerFormat | None] = {}
     for bound in bound_parameters(model, architecture):
         if _is_linear(bound) and not bound.is_copy:
             for name in bound.rule.hf_names:
-                local[name.removesuffix(".weight")] = detect_format(_module(model, bound))
-    stages: list[dict[str, LayerFormat | None]] = [{}] * context.pp_size
-    dist.all_gather_object(stages, local, group=context.pp_group)
-    layers = {name: layer for stage in stages for name, layer in stage.items()}
+                found[name] = detect_format(_module(model, bound))
+    found = context.joined(found)
+    names = (name for _, rule in model_parameters(architecture) for name in rule.hf_names)
+    layers = {name.removesuffix(".weight"): found[name] for name in names if name in found}
     # Engines look the output layer up even where it is the embedding.
     layers.setdefault("lm_head", None)
     return layers
@@ -125,18 +129,19 @@ def _quantized_layers(
 def _packed_tensors(
     model: nn.Module, architecture: Architecture, context: ParallelContext, *, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    for bound in bound_parameters(model, architecture):
-        if bound.is_copy:
-            continue
+    def convert(bound: BoundParameter) -> Iterator[tuple[str, Tensor]]:
         module = _module(model, bound)
         written = detect_format(module) if _is_linear(bound) else None
         if written is not None:
             yield from _packed_layer(bound, module, written, context, dtype=dtype)
-            continue
+            return
         wholes = bound.rule.layout.split(gather_shards(bound.tensor.detach(), context))
         for name, whole in zip(bound.rule.hf_names, wholes, strict=True):
             yield name, whole.to(dtype)
     yield from kv_cache_scales(model).items()
+
+    parameters = [b for b in bound_parameters(model, architecture) if not b.is_copy]
+    yield from stage_tensors(parameters, convert, context)
 
 
 def _packed_layer(
@@ -166,7 +171,9 @@ def _packed_layer(
         if factor is not None:
             factor = torch.cat(gather_shards(factor, context))
     inputs = module.input_quantizer
-    if not context.is_writer:
+    # Experts are packed where they lie, and sent to the writer.
+    is_needed = context.is_writer if bound.rule.expert is None else context.tp_rank == 0
+    if not is_needed:
         return
     for name, weight, decoded, weight_amax in zip(
         bound.rule.hf_names, weights, expected, amaxes, strict=True

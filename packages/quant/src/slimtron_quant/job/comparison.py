@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from slimtron_common.evaluation import Evaluation
 from slimtron_common.evaluation.gate import QualityGate
 from slimtron_common.manifest import environment_versions
 from slimtron_common.report import Column, Comparison, Metric, Number, Plot, Table
+from slimtron_quant.calibration.experts import ExpertTokens
+from slimtron_quant.config import QuantizationConfig
 from slimtron_quant.export.reader import ExportedModel
 from slimtron_quant.job.coverage import coverage
 from slimtron_quant.job.preflight import Plan
@@ -35,6 +38,7 @@ def compare(
     *,
     layers: Sequence[LayerSummary],
     mended: Sequence[Mapping[str, Any]],
+    experts: Sequence[ExpertTokens],
     exported: ExportedModel,
 ) -> Comparison:
     """Puts original, quantized and reloaded model side by side.
@@ -43,7 +47,8 @@ def compare(
         plan: The job.
         evaluations: Of the stages ``original``, ``quantized`` and ``exported``.
         layers: What became of each linear layer.
-        mended: Scales that were raised.
+        mended: Scales that were missing or too small.
+        experts: Calibration tokens of a mixture's experts.
         exported: The written files.
     """
     checkpoint, config = plan.checkpoint, plan.config
@@ -67,7 +72,12 @@ def compare(
         title=f"{checkpoint.path.name} quantized to {_recipe(plan)}",
         columns=(original, memory, reloaded),
         plots=tuple(_plots(layers)),
-        tables=(covered.table(), *_kv_scales(exported), *_mended(mended)),
+        tables=(
+            covered.table(),
+            *_kv_scales(exported),
+            *_mended(mended),
+            *_experts(experts, config.quantization.min_expert_tokens),
+        ),
         facts={
             "Model": config.model,
             "Parameters": f"{checkpoint.num_parameters:,}",
@@ -81,10 +91,10 @@ def compare(
             "Calibrated on": "no text needed"
             if plan.calibration is None
             else _text(config.quantization.calibration_source, plan.calibration),
+            **_routing(experts, config.quantization),
             **_gate(config.gate, original, reloaded),
             "Computed in": f"{plan.dtype} on {plan.device}".replace("torch.", ""),
-            "Layout": f"tensor {config.parallel.tensor_parallel_size}, pipeline "
-            f"{config.parallel.pipeline_parallel_size}, {plan.world_size} process(es)",
+            "Layout": config.parallel.describe(plan.world_size),
             "Seed": str(config.seed),
             "Versions": ", ".join(f"{k} {v}" for k, v in environment_versions().items()),
         },
@@ -185,11 +195,46 @@ def _mended(mended: Sequence[Mapping[str, Any]]) -> list[Table]:
         return []
     return [
         Table(
-            "Scales that were raised",
+            "Scales that were mended",
             ("quantizer", "scales", "reason"),
             tuple((m["quantizer"], m["elements"], m["reason"]) for m in mended),
         )
     ]
+
+
+def _experts(experts: Sequence[ExpertTokens], threshold: int) -> list[Table]:
+    if not experts:
+        return []
+    return [
+        Table(
+            "Calibration tokens of each expert",
+            ("layer", "fewest", "median", "most", f"experts below {threshold}", "which"),
+            tuple(
+                (
+                    layer.layer,
+                    min(layer.tokens),
+                    statistics.median(layer.tokens),
+                    max(layer.tokens),
+                    len(short := layer.below(threshold)),
+                    ", ".join(map(str, short)),
+                )
+                for layer in experts
+            ),
+        )
+    ]
+
+
+def _routing(experts: Sequence[ExpertTokens], config: QuantizationConfig) -> dict[str, str]:
+    """How well the text covered the experts of a mixture, in a line."""
+    if not experts:
+        return {}
+    total = sum(len(layer.tokens) for layer in experts)
+    short = sum(len(layer.below(config.min_expert_tokens)) for layer in experts)
+    routed = f"{short} of {total} were sent fewer than {config.min_expert_tokens} tokens"
+    seen = (
+        "every token, whatever the routers chose" if config.calibrate_all_experts else "as routed"
+    )
+    return {"Experts calibrated on": f"{seen}; {routed}"}
 
 
 def _layer_number(name: str) -> int:

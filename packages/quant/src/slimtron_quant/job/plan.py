@@ -21,6 +21,9 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     """
     parallel, estimate = plan.config.parallel, plan.estimate
     seconds = estimate.flops / (measured_flops(plan.device, plan.dtype) * plan.world_size)
+    experts = ""
+    if parallel.expert_parallel_size > 1:
+        experts = f", experts shared out to {parallel.expert_parallel_size}"
     rows = [
         ("model", f"{plan.config.model}, {plan.checkpoint.num_parameters:,} parameters"),
         ("recipe", f"{plan.recipe.name}: {plan.recipe.summary}"),
@@ -37,7 +40,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
             "processes",
             f"{plan.world_size}: tensor {parallel.tensor_parallel_size} x pipeline "
             f"{parallel.pipeline_parallel_size} x data "
-            f"{plan.world_size // parallel.model_parallel_size}",
+            f"{plan.world_size // parallel.model_parallel_size}" + experts,
         ),
         (
             "memory per process",

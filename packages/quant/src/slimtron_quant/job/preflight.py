@@ -13,7 +13,7 @@ from slimtron_common.config import fingerprint, to_dict
 from slimtron_common.data import TokenDataset, token_dataset
 from slimtron_common.data.config import DataConfig
 from slimtron_common.data.sources import check_source
-from slimtron_common.errors import ConfigError, ParallelismError
+from slimtron_common.errors import ConfigError
 from slimtron_common.evaluation.reference import reference_bytes
 from slimtron_common.manifest import environment_versions
 from slimtron_common.memory import check_memory, required_memory, shard_parameters
@@ -23,6 +23,7 @@ from slimtron_common.parallel.context import (
     resolve_device,
     world_size_from_environment,
 )
+from slimtron_common.parallel.schedule import check_context_parallel
 from slimtron_common.workdir import check_resumable
 from slimtron_quant.config import QuantizationConfig
 from slimtron_quant.formats.kv_cache import KV_CACHE_FORMATS, describe_kv_cache
@@ -131,15 +132,9 @@ def preflight(
     architecture.check_parallel(
         tensor_parallel_size=parallel.tensor_parallel_size,
         pipeline_parallel_size=parallel.pipeline_parallel_size,
+        expert_parallel_size=parallel.expert_parallel_size,
     )
-    if parallel.context_parallel_size > 1 or parallel.expert_parallel_size > 1:
-        raise ParallelismError(
-            "this version quantizes dense models over tensor, pipeline and data parallelism",
-            where="parallel",
-            found=f"context {parallel.context_parallel_size}, expert "
-            f"{parallel.expert_parallel_size}",
-            allowed="context 1, expert 1",
-        )
+    check_context_parallel(parallel.context_parallel_size)
     scheme = _scheme(config, architecture, device)
     _check_lengths(config, architecture.max_position_embeddings)
     dtype = checkpoint.compute_dtype(config.dtype, device)
@@ -153,11 +148,16 @@ def preflight(
     check_memory(
         estimate.parts,
         device,
-        hint="raise tensor_parallel_size or pipeline_parallel_size, or lower the batch sizes and "
-        "sequence lengths",
+        hint="raise tensor_parallel_size, pipeline_parallel_size or, for experts, "
+        "expert_parallel_size, or lower the batch sizes and sequence lengths",
     )
     evaluation, calibration = _open_text(config, scheme, checkpoint)
-    _check_sequences(evaluation, calibration, world_size // parallel.model_parallel_size)
+    _check_sequences(
+        evaluation,
+        calibration,
+        world_size // parallel.model_parallel_size,
+        equal=parallel.expert_parallel_size > 1,
+    )
     identity = {
         "config": to_dict(config),
         # A recipe file, or ModelOpt, may say something else by the time of a resumption.
@@ -273,13 +273,21 @@ def _tokens(
 
 
 def _check_sequences(
-    evaluation: TokenDataset, calibration: TokenDataset | None, data_parallel_size: int
+    evaluation: TokenDataset,
+    calibration: TokenDataset | None,
+    data_parallel_size: int,
+    *,
+    equal: bool,
 ) -> None:
     for where, dataset in (
         ("evaluation.num_tokens", evaluation),
         ("quantization.calibration_dataset_size", calibration),
     ):
-        if dataset is not None and dataset.num_sequences < data_parallel_size:
+        if dataset is None:
+            continue
+        if equal:
+            dataset.check_equal_shares(data_parallel_size, where=where)
+        if dataset.num_sequences < data_parallel_size:
             raise ConfigError(
                 "every data-parallel process needs a sequence",
                 where=where,
@@ -301,36 +309,47 @@ def _estimate(
         size = min(quantization.calibration_batch_size, quantization.calibration_dataset_size)
         shapes.append((size, quantization.calibration_seq_len))
     heads = architecture.num_attention_heads
+    moe = architecture.moe
+    # Experts that a token takes, and those that a calibration token takes.
+    routes = moe.experts_per_token if moe else 0
+    all_routes = moe.num_experts if moe and quantization.calibrate_all_experts else routes
     activations = max(
         # Logits and their float32 copy, attention scores before and after softmax, and a few
         # copies of the widest hidden state.
         b * s * (architecture.vocab_size / tensor) * (itemsize + 4)
         + 3 * b * s * s * (heads / tensor) * 4
         + 6 * b * s * (architecture.ffn_hidden_size / tensor) * itemsize
+        # An expert's input, the copies that bring it there, and its output.
+        + 4 * b * s * (all_routes if calibrates else routes) * architecture.hidden_size * itemsize
         for b, s in shapes
     )
     logits = reference_bytes(evaluation.num_tokens, architecture.vocab_size, dtype)
     rewrites_weights = scheme.recipe.rewrites_weights
-    tokens = 3 * evaluation.num_tokens
+    experts = architecture.num_expert_parameters / moe.num_experts if moe else 0.0
+    shared = parameters - architecture.num_expert_parameters
+    products = (shared + routes * experts) * 3 * evaluation.num_tokens
     if calibrates:
-        tokens += quantization.calibration_dataset_size * quantization.calibration_seq_len
+        tokens = quantization.calibration_dataset_size * quantization.calibration_seq_len
+        products += (shared + all_routes * experts) * tokens
     return Estimate(
         weights=round(shard_parameters(checkpoint, parallel) * itemsize),
         activations=round(activations),
-        statistics=round(_awq_statistics(scheme) / tensor / pipeline),
+        statistics=round(
+            _awq_statistics(scheme, parallel.expert_parallel_size) / tensor / pipeline
+        ),
         disk=round(
             logits + checkpoint.weight_bytes + (parameters * itemsize if rewrites_weights else 0)
         ),
-        flops=2.0 * parameters * tokens,
+        flops=2.0 * products,
     )
 
 
-def _awq_statistics(scheme: Scheme) -> int:
+def _awq_statistics(scheme: Scheme, expert_parallel_size: int) -> float:
     """Bytes of the second moments of the layers' inputs: AWQ keeps them until its search."""
     if scheme.method != "awq_lite":
         return 0
     return sum(
-        4 * layer.in_features**2
+        4 * layer.in_features**2 / (1 if layer.expert is None else expert_parallel_size)
         for name, layer in scheme.layers.items()
         if scheme.choices[name].recipe == scheme.recipe.name
     )

@@ -19,6 +19,7 @@ from slimtron_common.parallel import ParallelContext, initialize_parallel
 from slimtron_common.progress import stage
 from slimtron_common.report import Comparison, read_report, write_report
 from slimtron_common.workdir import WorkDir
+from slimtron_quant.calibration.experts import ExpertTokens
 from slimtron_quant.calibration.maxima import ForwardLoop
 from slimtron_quant.calibration.state import save_calibration
 from slimtron_quant.export.folding import fold_input_factors
@@ -114,6 +115,7 @@ class _Job:
                 output.result = {
                     "layers": [layer.to_dict() for layer in quantizer.layers],
                     "mended": [dataclasses.asdict(item) for item in quantizer.mended],
+                    "experts": [layer.to_dict() for layer in quantizer.experts],
                 }
         architecture = self.plan.checkpoint.architecture
         dtype = getattr(torch, self.config.export.torch_dtype)
@@ -166,6 +168,7 @@ class _Job:
             },
             layers=[LayerSummary(**layer) for layer in calibration["layers"]],
             mended=calibration["mended"],
+            experts=[ExpertTokens.from_dict(layer) for layer in calibration["experts"]],
             exported=ExportedModel(self.work.directory("export")),
         )
 

@@ -75,7 +75,11 @@ class Scheme:
         )
 
     def modelopt_config(
-        self, *, layer_offset: int = 0, num_layers: int | None = None, expert_offset: int = 0
+        self,
+        *,
+        layer_offset: int = 0,
+        num_layers: int | None = None,
+        experts: range | None = None,
     ) -> QuantConfig:
         """Returns the config for one process.
 
@@ -85,13 +89,17 @@ class Scheme:
             layer_offset: Layers before the process's first: Megatron-Core numbers the layers of
                 each pipeline stage from 0.
             num_layers: Layers of the process; None for all that follow.
-            expert_offset: Experts before the process's first.
+            experts: The process's experts; None for all.
         """
         stage = range(layer_offset, layer_offset + num_layers if num_layers else sys.maxsize)
+        held = range(sys.maxsize) if experts is None else experts
         config, overridden = self.config, []
-        if any(self.layers[module].layer in stage for module in self.settings):
+        if any(
+            layer.layer in stage and (layer.expert is None or layer.expert in held)
+            for layer in map(self.layers.__getitem__, self.settings)
+        ):
             entries = [_disabled("output_layer"), _disabled("embedding")]
-            for pattern, name in self._exceptions(layer_offset, expert_offset):
+            for pattern, name in self._exceptions(layer_offset, held):
                 entries.append(_disabled(pattern))
                 if name in self.settings:
                     entries += _enabled(pattern, self.settings[name])
@@ -164,7 +172,7 @@ class Scheme:
             return {"method": self.method, **settings, "skip": tuple(overridden)}
         return algorithm
 
-    def _exceptions(self, layer_offset: int, expert_offset: int) -> Iterator[tuple[str, str]]:
+    def _exceptions(self, layer_offset: int, experts: range) -> Iterator[tuple[str, str]]:
         """This process's modules that ``recipe`` does not quantize.
 
         Each as a pattern with the name of a module that it stands for; those of earlier stages
@@ -183,8 +191,8 @@ class Scheme:
                 yield f"decoder.layers.{number - layer_offset}.{local}", members[0].name
                 continue
             for layer in members:
-                if layer.expert is None or layer.expert >= expert_offset:
-                    local = layer.local_name(first_layer=layer_offset, first_expert=expert_offset)
+                if layer.expert is None or layer.expert in experts:
+                    local = layer.local_name(first_layer=layer_offset, first_expert=experts.start)
                     yield local, layer.name
 
 

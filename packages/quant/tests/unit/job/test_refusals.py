@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from slimtron_common.checkpoint.huggingface import HuggingFaceCheckpoint
+from slimtron_common.testing.models import write_tiny_model
 from slimtron_quant.__main__ import main
 
 Arguments = Callable[..., list[str]]
@@ -108,6 +109,8 @@ FLAGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["--sequence-parallel"],
         ("sequence_parallel", "tensor_parallel_size"),
     ),
+    "experts without processes": (["--ep", "2"], ("torchrun --nproc-per-node 2",)),
+    "no expert tokens": (["--min-expert-tokens", "0"], ("quantization.min_expert_tokens",)),
     "context parallelism": (["--set", "parallel.context_parallel_size=2"], ("processes",)),
     "too few tokens": (
         ["--eval-tokens", "32000000"],
@@ -235,6 +238,30 @@ def test_more_processes_than_sequences(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "16")
     refused(arguments("run"), ("evaluation.num_tokens", "6 sequences", "16 or more"))
+
+
+def test_layouts_that_the_model_does_not_take(
+    arguments: Arguments,
+    refused: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    context = ("--set", "parallel.context_parallel_size=2")
+    refused(arguments("run", *context), ("parallel.context_parallel_size", "data parallelism"))
+    refused(arguments("run", "--ep", "2"), ("expert_parallel_size", "this model is dense"))
+    mixture = ("--model", f"hf:{write_tiny_model(tmp_path / 'mixture', 'mixtral')}", "--ep", "2")
+    odd = ("--eval-tokens", "160", "--eval-batch-size", "1")
+    refused(
+        arguments("run", *mixture, *odd),
+        ("evaluation.num_tokens", "5 sequences for 2 processes", "a multiple of 2"),
+    )
+    refused(
+        arguments("run", *mixture, "--calib-size", "3"),
+        ("quantization.calibration_dataset_size", "3 sequences for 2 processes"),
+    )
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    refused(arguments("run", *mixture[:2], "--ep", "3"), ("4 experts", "allowed: 1, 2, 4"))
 
 
 TEXTS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {

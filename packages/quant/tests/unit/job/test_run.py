@@ -76,10 +76,21 @@ def test_families(recipe: str, family: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     # Random layers amplify what rounding the rest to bfloat16 changes.
     more = ("--block-size", "auto", "--calib-size", "16", "--export-dtype", "32")
+    if family == "qwen3_moe":
+        more += ("--calibrate-all-experts", "--min-expert-tokens", "400")
     assert run(model, out, "--recipe", recipe, *more) == 0
-    exported = read_report(out).columns[-1].metrics
+    report = read_report(out)
+    exported = report.columns[-1].metrics
     assert exported["kl_memory"] < 1e-4
     assert 0 < exported["kl"] < 1
+    if family in ("mixtral", "qwen3_moe"):
+        table = report.tables[-1]
+        assert table.title == "Calibration tokens of each expert"
+        assert [row[0] for row in table.rows] == [0, 1, 2, 3]
+        # 512 tokens go to 2 of 4 experts each.
+        assert all(fewest <= 256 <= most for _, fewest, _, most, _, _ in table.rows)
+        fact = report.facts["Experts calibrated on"]
+        assert fact.startswith("every token" if family == "qwen3_moe" else "as routed; ")
 
 
 def test_export_announces_itself_to_engines(finished: Path) -> None:

@@ -441,7 +441,7 @@ def test_experts_go_together_where_they_are_treated_alike() -> None:
     assert disabled == ["*decoder.layers.1.mlp.experts.*linear_fc2.*"]
 
     one = scheme("fp8", moe, overrides={"*.local_experts.3": "int8"})
-    config = one.modelopt_config(expert_offset=2)
+    config = one.modelopt_config(experts=range(2, 4))
     bits = [
         linear_settings(config, f"decoder.layers.0.mlp.experts.local_experts.{i}.linear_fc1").inputs
         for i in (0, 1)
