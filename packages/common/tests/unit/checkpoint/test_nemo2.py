@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import shutil
@@ -76,7 +77,7 @@ def test_what_it_is() -> None:
         ("softmax_scale: null", "softmax_scale: 0.5", "softmax_scale 0.5"),
         ("normalization: RMSNorm", "normalization: LayerNorm", "'LayerNorm'"),
         ("model_transform: null", "model_transform: {_target_: LoRA}", "model_transform"),
-        ("  bf16: false\n", "  bf16: false\n  scale_factor: 8.0\n  old_context_len: 4096\n", "4096"),
+        ("  fp16: false\n", "  fp16: false\n  scale_factor: 8\n  old_context_len: 4096\n", "4096"),
     ],
 )
 def test_other_models_are_refused(copy: Path, before: str, after: str, found: str) -> None:
@@ -92,7 +93,7 @@ def test_other_models_are_refused(copy: Path, before: str, after: str, found: st
     [
         ("  hidden_size: 32\n", ""),
         ("config:\n", "configuration:\n"),
-        ("  _target_: nemo", "  _target_: !!python/object/apply:os.system ['touch hostile']\n  x: n"),
+        ("  _target_: nemo", "  _target_: !!python/object/apply:os.system ['touch bad']\n  x: n"),
         ("vocab_size: null", "vocab_size: 512"),
     ],
 )
@@ -100,7 +101,7 @@ def test_a_description_that_is_not_nemos_is_refused(copy: Path, before: str, aft
     edit(copy, before, after)
     with pytest.raises(CheckpointError, match=r"model\.yaml"):
         open_checkpoint(f"nemo2:{copy}")
-    assert not Path("hostile").exists()
+    assert not Path("bad").exists()
 
 
 def test_pickles_of_the_context_are_never_opened(
@@ -112,10 +113,9 @@ def test_pickles_of_the_context_are_never_opened(
     (copy / "context" / "io.json").write_text(json.dumps({"_target_": "os.system"}))
     checkpoint = open_checkpoint(f"nemo2:{copy}")
     model = build_model(checkpoint.architecture, context, dtype=torch.float32)
-    try:
+    # Megatron-Core 0.19 opens common.pt, and refuses it.
+    with contextlib.suppress(SlimtronError):
         checkpoint.load(model, context)
-    except SlimtronError:
-        pass  # Megatron-Core 0.19 opens common.pt, and refuses it.
     assert not trap.exists()
 
 
@@ -126,5 +126,5 @@ def test_without_weights_or_tokenizer(copy: Path) -> None:
     shutil.rmtree(copy / "weights")
     with pytest.raises(CheckpointError, match="index of the distributed checkpoint is missing"):
         open_checkpoint(f"nemo2:{copy}")
-    with pytest.raises(CheckpointError, match="holds context/model.yaml"):
+    with pytest.raises(CheckpointError, match=r"holds context/model\.yaml"):
         open_checkpoint(f"nemo2:{copy / 'nothing'}")
