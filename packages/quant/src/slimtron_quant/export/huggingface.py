@@ -138,6 +138,7 @@ def _packed_tensors(
         wholes = bound.rule.layout.split(gather_shards(bound.tensor.detach(), context))
         for name, whole in zip(bound.rule.hf_names, wholes, strict=True):
             yield name, whole.to(dtype)
+
     yield from kv_cache_scales(model).items()
 
     parameters = [b for b in bound_parameters(model, architecture) if not b.is_copy]
