@@ -10,7 +10,9 @@ from slimtron_common.evaluation.gate import QualityGate
 from slimtron_common.manifest import environment_versions
 from slimtron_common.report import Column, Comparison, Metric, Number, Plot, Table
 from slimtron_quant.export.reader import ExportedModel
+from slimtron_quant.job.choice import choice_facts, choice_table, sensitivity_plots
 from slimtron_quant.job.coverage import coverage
+from slimtron_quant.job.mixed import Assignment
 from slimtron_quant.job.preflight import Plan
 from slimtron_quant.summary import LayerSummary
 
@@ -36,6 +38,7 @@ def compare(
     layers: Sequence[LayerSummary],
     mended: Sequence[Mapping[str, Any]],
     exported: ExportedModel,
+    assignment: Assignment | None = None,
 ) -> Comparison:
     """Puts original, quantized and reloaded model side by side.
 
@@ -45,6 +48,7 @@ def compare(
         layers: What became of each linear layer.
         mended: Scales that were raised.
         exported: The written files.
+        assignment: The choice of a mixed-precision job.
     """
     checkpoint, config = plan.checkpoint, plan.config
     covered = coverage(checkpoint.architecture, layers, exported)
@@ -63,15 +67,22 @@ def compare(
         bits_per_quantized_weight=covered.bits_per_quantized_weight,
         kl_memory=evaluations["exported"].distances["memory"].kl,
     )
+    facts, plots, tables = {}, _plots(layers), [covered.table(), *_mended(mended)]
+    if assignment is not None and plan.mixed is not None:
+        candidates = plan.mixed.candidates
+        facts = choice_facts(assignment, candidates)
+        plots = [*sensitivity_plots(assignment, candidates), *plots]
+        tables.insert(1, choice_table(assignment, candidates))
     return Comparison(
-        title=f"{checkpoint.path.name} quantized to {plan.recipe.name}",
+        title=f"{checkpoint.path.name} quantized to {plan.goal}",
         columns=(original, memory, reloaded),
-        plots=tuple(_plots(layers)),
-        tables=(covered.table(), *_mended(mended)),
+        plots=tuple(plots),
+        tables=tuple(tables),
         facts={
             "Model": config.model,
             "Parameters": f"{checkpoint.num_parameters:,}",
-            "Recipe": f"{plan.recipe.name}: {plan.recipe.summary}",
+            "Recipe": plan.method,
+            **facts,
             **covered.facts(),
             "Evaluated on": _text(
                 config.evaluation.source or config.quantization.calibration_source,

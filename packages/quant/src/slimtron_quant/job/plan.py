@@ -23,8 +23,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     seconds = estimate.flops / (measured_flops(plan.device, plan.dtype) * plan.world_size)
     rows = [
         ("model", f"{plan.config.model}, {plan.checkpoint.num_parameters:,} parameters"),
-        ("recipe", f"{plan.recipe.name}: {plan.recipe.summary}"),
-        ("linear layers", plan.scheme.describe()),
+        ("recipe", plan.method),
+        *_choice(plan),
         ("output", str(plan.config.output)),
         ("evaluation text", _sequences(plan.evaluation)),
         (
@@ -50,6 +50,24 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     for name, value in rows:
         table.add_row(name, value)
     (console or Console()).print(table)
+
+
+def _choice(plan: Plan) -> list[tuple[str, str]]:
+    mixed = plan.mixed
+    if mixed is None:
+        return [("linear layers", plan.scheme.describe())]
+    storage, budget = mixed.candidates.storage, plan.config.mixed
+    rows = [
+        ("budget", f"{budget.budget}; {storage.described_range(budget)} are possible"),
+    ]
+    if mixed.saved is not None:
+        return [*rows, ("linear layers", plan.scheme.describe())]
+    passes = mixed.candidates.num_passes
+    return [
+        *rows,
+        ("sensitivity", f"{passes} passes over {mixed.text.tokens.size} tokens, for "
+         f"{len(storage.groups)} groups of layers"),
+    ]  # fmt: skip
 
 
 def measured_flops(device: str, dtype: torch.dtype) -> float:
