@@ -40,10 +40,19 @@ class Candidates:
     storage: Storage
 
     @property
-    def num_passes(self) -> int:
-        """Passes over the sensitivity's tokens, the original's included."""
+    def num_measurements(self) -> int:
+        """Groups times the recipes that apply to them."""
         options = self.storage.options.values()
-        return len(self.schemes) + sum(len(names.keys() - {UNQUANTIZED}) for names in options)
+        return sum(len(names.keys() - {UNQUANTIZED}) for names in options)
+
+    @property
+    def num_passes(self) -> float:
+        """Forward passes over the sensitivity's tokens, in the mean.
+
+        Each begins at its group's layer, and one more at every layer finds what the next gets.
+        """
+        layers = len({group.layer for group in self.storage.groups})
+        return (self.num_measurements + len(self.schemes) * layers) / 2 + 2 * len(self.schemes)
 
     def candidate(self, name: str) -> QuantizationConfig:
         """Returns the quantization of the whole model to one recipe."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 import torch
 from rich.console import Console
@@ -57,17 +58,14 @@ def _choice(plan: Plan) -> list[tuple[str, str]]:
     if mixed is None:
         return [("linear layers", plan.scheme.describe())]
     storage, budget = mixed.candidates.storage, plan.config.mixed
-    rows = [
-        ("budget", f"{budget.budget}; {storage.described_range(budget)} are possible"),
-    ]
-    if mixed.saved is not None:
-        return [*rows, ("linear layers", plan.scheme.describe())]
-    passes = mixed.candidates.num_passes
-    return [
-        *rows,
-        ("sensitivity", f"{passes} passes over {mixed.text.tokens.size} tokens, for "
-         f"{len(storage.groups)} groups of layers"),
-    ]  # fmt: skip
+    allowed = ("budget", f"{budget.budget}; {storage.described_range(budget)} are possible")
+    groups = f"{len(storage.groups)} groups of layers"
+    if mixed.saved is None:
+        measured = f"{mixed.candidates.num_measurements} on {mixed.text.tokens.size} tokens"
+        return [allowed, ("measurements", f"{measured}, for {groups}")]
+    counts = Counter(mixed.assign(mixed.saved).chosen.values())
+    chosen = ", ".join(f"{count} to {name}" for name, count in counts.items())
+    return [allowed, ("choice", f"{groups}: {chosen}")]
 
 
 def measured_flops(device: str, dtype: torch.dtype) -> float:

@@ -73,8 +73,7 @@ class Plan:
 
     config: QuantJobConfig
     scheme: Scheme
-    """What becomes of each layer; as long as a choice waits for sensitivities, what the first
-    candidate makes of the model."""
+    """What becomes of each layer; in a mixed-precision job, by its first candidate alone."""
 
     mixed: MixedPlan | None
     """The choice of a mixed-precision job."""
@@ -176,12 +175,6 @@ def preflight(
         mixed = plan_mixed(
             candidates, checkpoint, calibration, data_parallel_size=data_parallel_size
         )
-        if mixed.saved is not None:
-            scheme = quantization_scheme(
-                mixed.assign(mixed.saved).quantization,
-                architecture,
-                tensor_parallel_size=parallel.tensor_parallel_size,
-            )
     identity = {
         "config": to_dict(config),
         # A recipe file, or ModelOpt, may say something else by the time of a resumption.
@@ -348,7 +341,7 @@ def _estimate(
         tokens += calibration_tokens
     if candidates is not None and config.mixed.sensitivity is None:
         measured = min(config.mixed.sensitivity_tokens, calibration_tokens)
-        tokens += candidates.num_passes * measured + len(schemes) * calibration_tokens
+        tokens += round(candidates.num_passes * measured) + len(schemes) * calibration_tokens
         statistics += pipeline * reference_bytes(measured, architecture.vocab_size, dtype)
     return Estimate(
         weights=round(shard_parameters(checkpoint, parallel) * itemsize),

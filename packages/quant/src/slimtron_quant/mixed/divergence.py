@@ -31,6 +31,7 @@ from slimtron_common.parallel import ParallelContext, forward_only
 from slimtron_common.progress import Progress
 from slimtron_quant.formats.detect import quantizer_stages
 from slimtron_quant.mixed.groups import FormatGroup
+from slimtron_quant.mixed.replay import Replay
 from slimtron_quant.summary import global_name, layer_offset, linear_modules
 
 __all__ = ["Divergence", "measure_groups"]
@@ -57,6 +58,10 @@ class Divergence:
         self._batches, self._context, self._vocab_size = batches, context, vocab_size
         self._references: dict[int, Tensor] = {}
         forward_only(model, batches, context, self._keep)
+
+    def run(self, model: nn.Module) -> None:
+        """Runs the text and measures nothing."""
+        forward_only(model, self._batches, self._context)
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> float:
@@ -105,13 +110,16 @@ def measure_groups(
         global_name(name, offset): list(_enabled(module))
         for name, module in linear_modules(model).items()
     }
+    replay = Replay(model, lambda: divergence.run(model))
     found = {}
     with Progress(description, len(groups)) as progress, _disabled(quantizers.values()):
-        for group in groups:
+        for group in sorted(groups, key=lambda group: group.layer):
+            replay.move_to(group.layer)
             chosen = [q for member in group.members for q in quantizers.get(member, ())]
             for quantizer in chosen:
                 quantizer.enable()
-            found[group.name] = divergence.measure(model)
+            with replay.active():
+                found[group.name] = divergence.measure(model)
             for quantizer in chosen:
                 quantizer.disable()
             progress.advance()
