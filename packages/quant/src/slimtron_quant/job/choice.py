@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from slimtron_common.report import Number, Plot, Table
 from slimtron_quant.job.mixed import Assignment, Candidates
+from slimtron_quant.mixed.config import UNQUANTIZED
 from slimtron_quant.mixed.groups import FormatGroup
+from slimtron_quant.summary import LayerSummary
 
-__all__ = ["choice_facts", "choice_table", "sensitivity_plots"]
+__all__ = ["choice_facts", "choice_table", "sensitivity_plots", "with_reasons"]
 
 _KINDS = {
     "self_attention.linear_qkv": "QKV",
@@ -30,6 +33,21 @@ def choice_facts(assignment: Assignment, candidates: Candidates) -> dict[str, st
         "Expected KL divergence": f"{harm:.4f} nats, the sum over the groups as measured on "
         f"{text['num_tokens']} tokens of the calibration's text",
     }
+
+
+def with_reasons(
+    layers: Iterable[LayerSummary], assignment: Assignment, candidates: Candidates
+) -> list[LayerSummary]:
+    """Returns the summaries of layers, with the reason of those that were chosen to stay."""
+    kept = {
+        member
+        for group in candidates.storage.groups
+        if assignment.chosen[group.name] == UNQUANTIZED
+        for member in group.members
+    }
+    return [
+        replace(layer, reason="chosen to stay") if layer.name in kept else layer for layer in layers
+    ]
 
 
 def choice_table(assignment: Assignment, candidates: Candidates) -> Table:

@@ -10,7 +10,7 @@ from slimtron_common.evaluation.gate import QualityGate
 from slimtron_common.manifest import environment_versions
 from slimtron_common.report import Column, Comparison, Metric, Number, Plot, Table
 from slimtron_quant.export.reader import ExportedModel
-from slimtron_quant.job.choice import choice_facts, choice_table, sensitivity_plots
+from slimtron_quant.job.choice import choice_facts, choice_table, sensitivity_plots, with_reasons
 from slimtron_quant.job.coverage import coverage
 from slimtron_quant.job.mixed import Assignment
 from slimtron_quant.job.preflight import Plan
@@ -51,6 +51,9 @@ def compare(
         assignment: The choice of a mixed-precision job.
     """
     checkpoint, config = plan.checkpoint, plan.config
+    mixed = plan.mixed.candidates if plan.mixed else None
+    if assignment is not None and mixed is not None:
+        layers = with_reasons(layers, assignment, mixed)
     covered = coverage(checkpoint.architecture, layers, exported)
     original = _column("original", evaluations["original"])
     original.metrics.update(
@@ -68,11 +71,10 @@ def compare(
         kl_memory=evaluations["exported"].distances["memory"].kl,
     )
     facts, plots, tables = {}, _plots(layers), [covered.table(), *_mended(mended)]
-    if assignment is not None and plan.mixed is not None:
-        candidates = plan.mixed.candidates
-        facts = choice_facts(assignment, candidates)
-        plots = [*sensitivity_plots(assignment, candidates), *plots]
-        tables.insert(1, choice_table(assignment, candidates))
+    if assignment is not None and mixed is not None:
+        facts = choice_facts(assignment, mixed)
+        plots = [*sensitivity_plots(assignment, mixed), *plots]
+        tables.insert(1, choice_table(assignment, mixed))
     return Comparison(
         title=f"{checkpoint.path.name} quantized to {plan.goal}",
         columns=(original, memory, reloaded),
