@@ -96,7 +96,7 @@ def rounded(model: Any, names: list[str], recipe: str, input_amax: Tensor) -> It
         module.weight.data = fmt.unpack(tensors, dtype=torch.float32, shape=weight.shape).double()
         scale = tensors.get("input_scale")
 
-        def round_input(_: Any, args: Any, scale: Any = tensors.get("input_scale")) -> Any:
+        def round_input(_: Any, args: Any, scale: Tensor | None = scale) -> tuple[Tensor]:
             return (fmt.quantize_activation(args[0].float(), scale).double(),)
 
         hooks.append(module.register_forward_pre_hook(round_input))
