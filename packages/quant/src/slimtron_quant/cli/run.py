@@ -16,6 +16,7 @@ examples:
   slimtron-quant run --model hf:smollm2 --recipe fp8 --out smollm2-fp8 --data pydoc \\
       --calib-size 4 --calib-seq-len 512 --calib-batch-size 1
   slimtron-quant run job.yaml --set quantization.algorithm=int4_awq
+  slimtron-quant run job.yaml --bits 4.8 --block-size auto
   torchrun --nproc-per-node 3 -m slimtron_quant run job.yaml --tp 3
 
 exit codes: 0 done, 1 failed, 2 refused, 3 done but a quality gate was missed

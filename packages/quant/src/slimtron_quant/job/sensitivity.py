@@ -45,17 +45,17 @@ def measure_sensitivity(
     """
     candidates, found = mixed.candidates, {}
     for number, (name, expected) in enumerate(mixed.expected.candidates.items()):
-        key = f"sensitivity-{number}"
+        key, title = f"sensitivity-{number}", f"sensitivity to {name}"
         if not work.has(key):
-            groups = [g for g in candidates.storage.groups
-                      if name in candidates.storage.options[g.name]]  # fmt: skip
-            with stage(f"sensitivity to {name}"), work.stage(key) as output:
+            options = candidates.storage.options
+            groups = [group for group in candidates.storage.groups if name in options[group.name]]
+            batches = mixed.text.batches(micro_batch_size, context.dp_rank, context.dp_size)
+            with stage(title), work.stage(key) as output:
                 model = load()
-                batches = mixed.text.batches(micro_batch_size, context.dp_rank, context.dp_size)
                 divergence = Divergence(model, batches, context, vocab_size=vocab_size)
                 Quantizer(candidates.candidate(name)).quantize(model, calibrate)
-                output.result = measure_groups(
-                    model, groups, divergence, description=f"sensitivity to {name}"
-                )
+                output.result = measure_groups(model, groups, divergence, description=title)
+                # Before the next one loads.
+                del model, divergence
         found[name] = replace(expected, divergence=work.result(key))
     return replace(mixed.expected, candidates=found)
