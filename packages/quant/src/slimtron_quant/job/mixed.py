@@ -55,8 +55,9 @@ class Candidates:
         return (self.num_measurements + len(self.schemes) * layers) / 2 + 2 * len(self.schemes)
 
     def candidate(self, name: str) -> QuantizationConfig:
-        """Returns the quantization of the whole model to one recipe, without the KV cache's: what
-        that does is the same for every choice.
+        """Returns the quantization of the whole model to one recipe.
+
+        Without the KV cache's: what that does is the same for every choice.
         """
         return replace(self.quantization, algorithm=name, enable_kv_cache=None)
 
