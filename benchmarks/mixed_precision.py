@@ -80,8 +80,10 @@ def main() -> None:
         for name in args.uniform.split(","):
             found = _measure(plan, candidates.candidate(name), record)
             uniform = dict.fromkeys(candidates.storage.options, name)
-            bits = candidates.storage.bits(uniform) if name in candidates.schemes else None
-            rows.append((f"uniform {name}", bits, *found, None))
+            if name in candidates.schemes:
+                rows.append(_row(f"uniform {name}", candidates, sensitivity, uniform, *found))
+            else:
+                rows.append((f"uniform {name}", None, *found, None))
             print(rows[-1], flush=True)
         draws = []
         for seed in range(args.random):

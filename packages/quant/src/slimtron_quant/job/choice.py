@@ -88,10 +88,11 @@ def sensitivity_plots(assignment: Assignment, candidates: Candidates) -> list[Pl
 def _series(
     groups: Sequence[FormatGroup], layers: Sequence[int], divergence: Mapping[str, float]
 ) -> dict[str, tuple[Number, ...]]:
-    found: dict[str, dict[int, float]] = {}
+    found: dict[str, dict[int, Number]] = {}
     for group in groups:
         if group.name in divergence:
-            found.setdefault(group.kind, {})[group.layer] = divergence[group.name]
+            # A logarithmic axis has no place for zero, which an idle expert may have.
+            found.setdefault(group.kind, {})[group.layer] = divergence[group.name] or None
     return {
         _KINDS.get(kind, kind): tuple(values.get(layer) for layer in layers)
         for kind, values in found.items()
