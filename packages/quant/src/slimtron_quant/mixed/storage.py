@@ -100,10 +100,12 @@ class Storage:
     def described_range(self, config: MixedPrecisionConfig) -> str:
         """Returns the smallest and the largest that can be chosen, in the budget's unit."""
         smallest, largest = self._extremes(config)
+        # Rounded up: what is said to be possible has to be.
         if config.bits is None:
-            sizes = self.num_bytes(smallest), self.num_bytes(largest)
-            return f"{sizes[0] / 1e6:.2f}MB to {sizes[1] / 1e6:.2f}MB"
-        return f"{self.bits(smallest):.3f} to {self.bits(largest):.3f} bits a weight"
+            sizes = (math.ceil(self.num_bytes(x) / 1e4) / 100 for x in (smallest, largest))
+            return "{:.2f}MB to {:.2f}MB".format(*sizes)
+        bits = (math.ceil(self.bits(x) * 1000) / 1000 for x in (smallest, largest))
+        return "{:.3f} to {:.3f} bits a weight".format(*bits)
 
     def _extremes(self, config: MixedPrecisionConfig) -> tuple[dict[str, str], dict[str, str]]:
         smallest, largest = (
