@@ -152,10 +152,9 @@ def model_storage(
             options[group.name][name] = sum(sum(tensors.values()) for tensors in sizes)
             headers[group.name][name] = sum(map(_header, sizes))
     kept = [_tensors(x.name, parameters[x.name], None, dtype) for x in layers if x.name not in free]
+    names = {layer.name for layer in layers}
     others = [
-        _tensors(name, rule, None, dtype)
-        for name, rule in parameters.items()
-        if name not in {layer.name for layer in layers}
+        _tensors(name, rule, None, dtype) for name, rule in parameters.items() if name not in names
     ]
     return Storage(
         groups=tuple(groups),
