@@ -27,6 +27,20 @@ _FLAGS: tuple[tuple[str, tuple[tuple[str, str, type, str, str], ...]], ...] = (
         ),
     ),
     (
+        "mixed precision",
+        (
+            ("--bits", "mixed.bits", float, "N",
+             "budget: stored bits for each weight of the linear layers, scales included"),
+            ("--size", "mixed.size", str, "SIZE", "budget: all weight files, 80MB or 1.5GiB"),
+            ("--candidates", "mixed.candidates", str, "NAME,NAME",
+             "recipes to choose from for each layer; none leaves it as it is"),
+            ("--sensitivity", "mixed.sensitivity", str, "FILE",
+             "an earlier run's sensitivity.json, to choose without measuring again"),
+            ("--sensitivity-tokens", "mixed.sensitivity_tokens", int, "N",
+             "tokens to measure the sensitivity of each layer on"),
+        ),
+    ),
+    (
         "text",
         (
             ("--data", "quantization.calibration_dataset", str, "SOURCE",
@@ -156,6 +170,8 @@ def job_config(args: argparse.Namespace) -> QuantJobConfig:
     }
     if (overrides := flags["quantization.overrides"]) is not None:
         flags["quantization.overrides"] = dict(overrides)
+    if (candidates := flags["mixed.candidates"]) is not None:
+        flags["mixed.candidates"] = [name.strip() for name in candidates.split(",")]
     if (kv_cache := flags.pop("quantization.kv_cache")) is not None:
         flags["quantization.enable_kv_cache"] = kv_cache != "none"
         if kv_cache != "none":

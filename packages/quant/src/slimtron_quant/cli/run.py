@@ -17,6 +17,7 @@ examples:
       --calib-size 4 --calib-seq-len 512 --calib-batch-size 1
   slimtron-quant run job.yaml --set quantization.algorithm=int4_awq
   slimtron-quant run job.yaml --recipe none --kv-cache fp8
+  slimtron-quant run job.yaml --bits 4.8 --block-size auto
   torchrun --nproc-per-node 3 -m slimtron_quant run job.yaml --tp 3
 
 exit codes: 0 done, 1 failed, 2 refused, 3 done but a quality gate was missed

@@ -90,6 +90,12 @@ class Format(ABC):
     always_stores_input_factor: ClassVar[bool] = False
     """Whether row-parallel layers need ``pre_quant_scale``, of ones if need be."""
 
+    scale_bits: ClassVar[int] = 32
+    """Width of one element of ``weight_scale``."""
+
+    scalars: ClassVar[tuple[str, ...]] = ()
+    """Suffixes of the float32 scalars beside ``weight`` and ``weight_scale``."""
+
     def block_shape(self, block_size: int | None = None) -> tuple[int | None, int | None]:
         """Returns how many output and input channels share a scale; None is all of them.
 
@@ -182,6 +188,25 @@ class Format(ABC):
     @abstractmethod
     def scheme(self, block_size: int | None = None) -> dict[str, Any]:
         """Returns a layer's ``config_groups`` entry in ``config.json``, without its targets."""
+
+    def stored_bits(self, shape: Sequence[int], block_size: int | None = None) -> dict[str, int]:
+        """Returns what a weight ``[out, in]`` takes on disk, in bits by suffix.
+
+        ``pre_quant_scale`` comes on top where there is one.
+
+        Args:
+            shape: Of the whole weight, which fits the layout.
+            block_size: Input channels in a block, in formats that leave it open.
+        """
+        num_weights = num_scales = 1
+        for size, unit in zip(shape, self.block_shape(block_size), strict=True):
+            num_weights *= size
+            num_scales *= size // unit if unit else 1
+        return {
+            "weight": 8 * num_weights // self.weights_per_code,
+            "weight_scale": self.scale_bits * num_scales,
+            **dict.fromkeys(self.scalars, 32),
+        }
 
     def bits_per_weight(self, tensors: Mapping[str, Tensor]) -> float:
         """Returns the stored bits of all ``tensors``, scales included, over the weights."""

@@ -42,6 +42,7 @@ class Fp8(Format):
     """One scale a tensor: ``weight`` ``[out, in]``, ``weight_scale``, ``input_scale`` scalars."""
 
     quant_algo: ClassVar[str] = "FP8"
+    scalars: ClassVar[tuple[str, ...]] = ("input_scale",)
 
     def pack(self, weight: Tensor, calibration: Calibration) -> dict[str, Tensor]:
         refuse_input_factor(calibration, self.name)

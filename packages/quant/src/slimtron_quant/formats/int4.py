@@ -112,6 +112,7 @@ class W4A8(Int4):
 
     quant_algo: ClassVar[str] = "W4A8_AWQ"
     has_two_levels: ClassVar[bool] = True
+    scalars: ClassVar[tuple[str, ...]] = ("weight_scale_2", "input_scale")
 
     def pack(self, weight: Tensor, calibration: Calibration) -> dict[str, Tensor]:
         tensors = Int4.pack(self, weight, calibration)

@@ -32,6 +32,7 @@ class Int8(Format):
 
     quant_algo: ClassVar[str] = "W8A8_SQ_PER_CHANNEL"
     block: ClassVar[tuple[int | None, int | None]] = (1, None)
+    scalars: ClassVar[tuple[str, ...]] = ("input_scale",)
 
     def pack(self, weight: Tensor, calibration: Calibration) -> dict[str, Tensor]:
         out_dim, in_dim = weight.shape

@@ -44,6 +44,7 @@ class _Microscaling(Format):
     takes_amax_from_weight: ClassVar[bool] = True
     size: ClassVar[int] = 32
     block: ClassVar[tuple[int | None, int | None]] = (1, size)
+    scale_bits: ClassVar[int] = 8
     bits: ClassVar[int]
     largest: ClassVar[float]
     code_dtype: ClassVar[torch.dtype]

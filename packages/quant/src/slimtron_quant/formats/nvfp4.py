@@ -50,6 +50,8 @@ class Nvfp4WeightOnly(Format):
     has_two_levels: ClassVar[bool] = True
     size: ClassVar[int] = 16
     block: ClassVar[tuple[int | None, int | None]] = (1, size)
+    scale_bits: ClassVar[int] = 8
+    scalars: ClassVar[tuple[str, ...]] = ("weight_scale_2",)
 
     def pack(self, weight: Tensor, calibration: Calibration) -> dict[str, Tensor]:
         refuse_input_factor(calibration, self.name)
@@ -105,6 +107,7 @@ class Nvfp4(Nvfp4WeightOnly):
     """
 
     quant_algo: ClassVar[str] = "NVFP4"
+    scalars: ClassVar[tuple[str, ...]] = ("weight_scale_2", "input_scale")
 
     def pack(self, weight: Tensor, calibration: Calibration) -> dict[str, Tensor]:
         tensors = self._pack_weight(weight, calibration)

@@ -13,7 +13,9 @@ from slimtron_common.report import Column, Comparison, Metric, Number, Plot, Tab
 from slimtron_quant.calibration.experts import ExpertTokens
 from slimtron_quant.config import QuantizationConfig
 from slimtron_quant.export.reader import ExportedModel
+from slimtron_quant.job.choice import choice_facts, choice_table, sensitivity_plots, with_reasons
 from slimtron_quant.job.coverage import coverage
+from slimtron_quant.job.mixed import Assignment
 from slimtron_quant.job.preflight import Plan
 from slimtron_quant.summary import LayerSummary
 
@@ -40,6 +42,7 @@ def compare(
     mended: Sequence[Mapping[str, Any]],
     experts: Sequence[ExpertTokens],
     exported: ExportedModel,
+    assignment: Assignment | None = None,
 ) -> Comparison:
     """Puts original, quantized and reloaded model side by side.
 
@@ -50,8 +53,12 @@ def compare(
         mended: Scales that were missing or too small.
         experts: Calibration tokens of a mixture's experts.
         exported: The written files.
+        assignment: The choice of a mixed-precision job.
     """
     checkpoint, config = plan.checkpoint, plan.config
+    mixed = plan.mixed.candidates if plan.mixed else None
+    if assignment is not None and mixed is not None:
+        layers = with_reasons(layers, assignment, mixed)
     covered = coverage(checkpoint.architecture, layers, exported)
     original = _column("original", evaluations["original"])
     original.metrics.update(
@@ -68,20 +75,27 @@ def compare(
         bits_per_quantized_weight=covered.bits_per_quantized_weight,
         kl_memory=evaluations["exported"].distances["memory"].kl,
     )
+    facts, plots = {}, _plots(layers)
+    tables = [
+        covered.table(),
+        *_kv_scales(exported),
+        *_mended(mended),
+        *_experts(experts, config.quantization.min_expert_tokens),
+    ]
+    if assignment is not None and mixed is not None:
+        facts = choice_facts(assignment, mixed)
+        plots = [*sensitivity_plots(assignment, mixed), *plots]
+        tables.insert(1, choice_table(assignment, mixed))
     return Comparison(
-        title=f"{checkpoint.path.name} quantized to {_recipe(plan)}",
+        title=f"{checkpoint.path.name} quantized to {plan.goal}",
         columns=(original, memory, reloaded),
-        plots=tuple(_plots(layers)),
-        tables=(
-            covered.table(),
-            *_kv_scales(exported),
-            *_mended(mended),
-            *_experts(experts, config.quantization.min_expert_tokens),
-        ),
+        plots=tuple(plots),
+        tables=tuple(tables),
         facts={
             "Model": config.model,
             "Parameters": f"{checkpoint.num_parameters:,}",
-            "Recipe": f"{plan.recipe.name}: {plan.recipe.summary}",
+            "Recipe": plan.method,
+            **facts,
             **covered.facts(),
             "KV cache": plan.kv_cache,
             "Evaluated on": _text(
@@ -100,12 +114,6 @@ def compare(
         },
         metrics=_METRICS,
     )
-
-
-def _recipe(plan: Plan) -> str:
-    kv_cache = plan.scheme.kv_cache
-    parts = [] if plan.config.quantization.algorithm is None else [plan.recipe.name]
-    return " with ".join(parts + ([f"a KV cache in {kv_cache.qformat}"] if kv_cache else []))
 
 
 def _gate(gate: QualityGate, original: Column, delivered: Column) -> dict[str, str]:

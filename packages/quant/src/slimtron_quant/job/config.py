@@ -11,6 +11,7 @@ from slimtron_common.evaluation.config import EvaluationConfig
 from slimtron_common.evaluation.gate import QualityGate
 from slimtron_common.parallel.config import ParallelConfig
 from slimtron_quant.config import ExportConfig, QuantizationConfig
+from slimtron_quant.mixed.config import MixedPrecisionConfig
 
 __all__ = ["QuantJobConfig"]
 
@@ -24,6 +25,9 @@ class QuantJobConfig:
 
     export: ExportConfig
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    mixed: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
+    """With a budget, the candidates stand in the place of ``quantization.algorithm``."""
+
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     gate: QualityGate = field(default_factory=QualityGate)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -48,6 +52,23 @@ class QuantJobConfig:
                 hint="`slimtron-quant recipes` lists them; enable_kv_cache quantizes the KV cache "
                 "alone; `slimtron-common convert` exports a model as it is",
             )
+        if self.mixed.is_on:
+            self._check_mixed()
+
+    def _check_mixed(self) -> None:
+        default = QuantizationConfig()
+        for name, hint in (
+            ("algorithm", "say --candidates, and leave --recipe out"),
+            ("overrides", "`exclude` leaves layers as they are"),
+        ):
+            found = getattr(self.quantization, name)
+            if found != getattr(default, name):
+                raise ConfigError(
+                    "with a budget, every layer's recipe is chosen from the candidates",
+                    where=f"quantization.{name}",
+                    found=found,
+                    hint=hint,
+                )
 
     @property
     def output(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 import torch
 from rich.console import Console
@@ -26,8 +27,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         experts = f", experts shared out to {parallel.expert_parallel_size}"
     rows = [
         ("model", f"{plan.config.model}, {plan.checkpoint.num_parameters:,} parameters"),
-        ("recipe", f"{plan.recipe.name}: {plan.recipe.summary}"),
-        ("linear layers", plan.scheme.describe()),
+        ("recipe", plan.method),
+        *_choice(plan),
         ("KV cache", plan.kv_cache),
         ("output", str(plan.config.output)),
         ("evaluation text", _sequences(plan.evaluation)),
@@ -54,6 +55,21 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     for name, value in rows:
         table.add_row(name, value)
     (console or Console()).print(table)
+
+
+def _choice(plan: Plan) -> list[tuple[str, str]]:
+    mixed = plan.mixed
+    if mixed is None:
+        return [("linear layers", plan.scheme.describe())]
+    storage, budget = mixed.candidates.storage, plan.config.mixed
+    allowed = ("budget", f"{budget.budget}; {storage.described_range(budget)} are possible")
+    groups = f"{len(storage.groups)} groups of layers"
+    if mixed.saved is None:
+        measured = f"{mixed.candidates.num_measurements} on {mixed.text.tokens.size} tokens"
+        return [allowed, ("measurements", f"{measured}, for {groups}")]
+    counts = Counter(mixed.assign(mixed.saved).chosen.values())
+    chosen = ", ".join(f"{count} to {name}" for name, count in counts.items())
+    return [allowed, ("choice", f"{groups}: {chosen}")]
 
 
 def measured_flops(device: str, dtype: torch.dtype) -> float:

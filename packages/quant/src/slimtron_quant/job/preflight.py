@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from slimtron_common.workdir import check_resumable
 from slimtron_quant.config import QuantizationConfig
 from slimtron_quant.formats.kv_cache import KV_CACHE_FORMATS, describe_kv_cache
 from slimtron_quant.job.config import QuantJobConfig
+from slimtron_quant.job.mixed import Candidates, MixedPlan, open_candidates, plan_mixed
 from slimtron_quant.recipes import Recipe, Scheme, quantization_scheme
 
 __all__ = ["Estimate", "Plan", "preflight"]
@@ -73,7 +75,10 @@ class Plan:
 
     config: QuantJobConfig
     scheme: Scheme
-    """What becomes of each layer."""
+    """What becomes of each layer; in a mixed-precision job, by its first candidate alone."""
+
+    mixed: MixedPlan | None
+    """The choice of a mixed-precision job."""
 
     checkpoint: Checkpoint
     device: Literal["cpu", "cuda"]
@@ -102,6 +107,25 @@ class Plan:
             self.checkpoint.architecture,
             dtype.itemsize,
         )
+
+    @property
+    def goal(self) -> str:
+        """What the model is quantized to, in a few words."""
+        parts = []
+        if self.mixed is not None:
+            parts.append(self.config.mixed.budget)
+        elif self.config.quantization.algorithm is not None:
+            parts.append(self.recipe.name)
+        if self.scheme.kv_cache:
+            parts.append(f"a KV cache in {self.scheme.kv_cache.qformat}")
+        return " with ".join(parts)
+
+    @property
+    def method(self) -> str:
+        """How, in a line."""
+        if self.mixed is None:
+            return f"{self.recipe.name}: {self.recipe.summary}"
+        return f"for each layer one of {', '.join(self.config.mixed.candidates)}"
 
 
 def preflight(
@@ -135,10 +159,24 @@ def preflight(
         expert_parallel_size=parallel.expert_parallel_size,
     )
     check_context_parallel(parallel.context_parallel_size)
-    scheme = _scheme(config, architecture, device)
+    candidates = None
+    if config.mixed.is_on:
+        if parallel.expert_parallel_size > 1:
+            raise ParallelismError(
+                "sensitivity is measured where every process holds all experts",
+                where="parallel.expert_parallel_size",
+                found=parallel.expert_parallel_size,
+                allowed="1 with a budget",
+                hint="measure over tensor and pipeline parallelism; the sensitivity.json that "
+                "comes out holds for them alone",
+            )
+        candidates = open_candidates(config, architecture, device)
+        schemes = list(candidates.schemes.values())
+    else:
+        schemes = [_scheme(config, architecture, device)]
     _check_lengths(config, architecture.max_position_embeddings)
     dtype = checkpoint.compute_dtype(config.dtype, device)
-    estimate = _estimate(config, checkpoint, scheme, dtype)
+    estimate = _estimate(config, checkpoint, schemes, candidates, dtype)
     check_writable(
         config.output,
         # A resumed run replaces nothing: its output is not there, or is its own.
@@ -151,17 +189,22 @@ def preflight(
         hint="raise tensor_parallel_size, pipeline_parallel_size or, for experts, "
         "expert_parallel_size, or lower the batch sizes and sequence lengths",
     )
-    evaluation, calibration = _open_text(config, scheme, checkpoint)
+    needs_text = candidates is not None or schemes[0].needs_calibration
+    evaluation, calibration = _open_text(config, needs_text, checkpoint)
+    data_parallel_size = world_size // parallel.model_parallel_size
     _check_sequences(
-        evaluation,
-        calibration,
-        world_size // parallel.model_parallel_size,
-        equal=parallel.expert_parallel_size > 1,
+        evaluation, calibration, data_parallel_size, equal=parallel.expert_parallel_size > 1
     )
+    mixed, scheme = None, schemes[0]
+    if candidates is not None and calibration is not None:
+        mixed = plan_mixed(
+            candidates, checkpoint, calibration, data_parallel_size=data_parallel_size
+        )
     identity = {
         "config": to_dict(config),
         # A recipe file, or ModelOpt, may say something else by the time of a resumption.
         "recipe": fingerprint(to_dict(scheme.modelopt_config())),
+        "mixed": mixed.identity() if mixed else None,
         "model": {"parameters": checkpoint.num_parameters, "bytes": checkpoint.weight_bytes},
         "evaluation": evaluation.fingerprint,
         "calibration": calibration.fingerprint if calibration else None,
@@ -173,6 +216,7 @@ def preflight(
     return Plan(
         config=config,
         scheme=scheme,
+        mixed=mixed,
         checkpoint=checkpoint,
         device=device,
         dtype=dtype,
@@ -215,7 +259,7 @@ def _check_lengths(config: QuantJobConfig, limit: int) -> None:
 
 
 def _open_text(
-    config: QuantJobConfig, scheme: Scheme, checkpoint: Checkpoint
+    config: QuantJobConfig, needs_calibration: bool, checkpoint: Checkpoint
 ) -> tuple[TokenDataset, TokenDataset | None]:
     quantization, evaluation = config.quantization, config.evaluation
     calibration_source = (quantization.calibration_source, quantization.calibration_text_field)
@@ -224,12 +268,12 @@ def _open_text(
         if evaluation.source is None
         else (evaluation.source, evaluation.text_field)
     )
-    wanted = {source} | ({calibration_source} if scheme.needs_calibration else set())
+    wanted = {source} | ({calibration_source} if needs_calibration else set())
     for name, text_field in sorted(wanted):
         check_source(name, text_field=text_field)
     tokenizer = checkpoint.tokenizer()
     calibration_tokens = quantization.calibration_dataset_size * quantization.calibration_seq_len
-    if not scheme.needs_calibration:
+    if not needs_calibration:
         return _tokens(
             source, evaluation.num_tokens, evaluation.seq_length, config, tokenizer
         ), None
@@ -297,13 +341,17 @@ def _check_sequences(
 
 
 def _estimate(
-    config: QuantJobConfig, checkpoint: Checkpoint, scheme: Scheme, dtype: torch.dtype
+    config: QuantJobConfig,
+    checkpoint: Checkpoint,
+    schemes: Sequence[Scheme],
+    candidates: Candidates | None,
+    dtype: torch.dtype,
 ) -> Estimate:
     architecture, parallel = checkpoint.architecture, config.parallel
     tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     parameters, itemsize = checkpoint.num_parameters, dtype.itemsize
     evaluation, quantization = config.evaluation, config.quantization
-    calibrates = scheme.needs_calibration
+    calibrates = candidates is not None or schemes[0].needs_calibration
     shapes = [(evaluation.micro_batch_size, evaluation.seq_length)]
     if calibrates:
         size = min(quantization.calibration_batch_size, quantization.calibration_dataset_size)
@@ -324,19 +372,24 @@ def _estimate(
         for b, s in shapes
     )
     logits = reference_bytes(evaluation.num_tokens, architecture.vocab_size, dtype)
-    rewrites_weights = scheme.recipe.rewrites_weights
+    rewrites_weights = any(scheme.recipe.rewrites_weights for scheme in schemes)
+    statistics = max(_awq_statistics(scheme, parallel.expert_parallel_size) for scheme in schemes)
     experts = architecture.num_expert_parameters / moe.num_experts if moe else 0.0
     shared = parameters - architecture.num_expert_parameters
-    products = (shared + routes * experts) * 3 * evaluation.num_tokens
+    routed = shared + routes * experts
+    products = routed * 3 * evaluation.num_tokens
+    calibration_tokens = quantization.calibration_dataset_size * quantization.calibration_seq_len
     if calibrates:
-        tokens = quantization.calibration_dataset_size * quantization.calibration_seq_len
-        products += (shared + all_routes * experts) * tokens
+        products += (shared + all_routes * experts) * calibration_tokens
+    if candidates is not None and config.mixed.sensitivity is None:
+        measured = min(config.mixed.sensitivity_tokens, calibration_tokens)
+        tokens = round(candidates.num_passes * measured) + len(schemes) * calibration_tokens
+        products += routed * tokens
+        statistics += pipeline * reference_bytes(measured, architecture.vocab_size, dtype)
     return Estimate(
         weights=round(shard_parameters(checkpoint, parallel) * itemsize),
         activations=round(activations),
-        statistics=round(
-            _awq_statistics(scheme, parallel.expert_parallel_size) / tensor / pipeline
-        ),
+        statistics=round(statistics / tensor / pipeline),
         disk=round(
             logits + checkpoint.weight_bytes + (parameters * itemsize if rewrites_weights else 0)
         ),

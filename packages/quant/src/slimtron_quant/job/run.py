@@ -1,4 +1,4 @@
-"""The walk: original, calibration, quantized, export, exported, report."""
+"""The walk: original, sensitivity, calibration, quantized, export, exported, report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from slimtron_common.atomic import publish_directory
+from slimtron_common.atomic import atomic_write, publish_directory
 from slimtron_common.evaluation import Evaluation, evaluate
 from slimtron_common.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from slimtron_common.models.megatron import build_model
@@ -27,7 +27,10 @@ from slimtron_quant.export.huggingface import write_huggingface
 from slimtron_quant.export.reader import ExportedModel
 from slimtron_quant.export.verify import check_agreement
 from slimtron_quant.job.comparison import compare
+from slimtron_quant.job.mixed import Assignment
 from slimtron_quant.job.preflight import Plan
+from slimtron_quant.job.sensitivity import measure_sensitivity
+from slimtron_quant.mixed.sensitivity import SENSITIVITY_NAME
 from slimtron_quant.quantizer import Quantizer, calibration_loop
 from slimtron_quant.summary import LayerSummary
 
@@ -61,6 +64,7 @@ def run(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> Compari
         if done is None:
             job = _Job(plan, context, work)
             job.measure_original()
+            job.assign()
             job.quantize()
             job.verify()
             done = job.comparison()
@@ -88,6 +92,8 @@ class _Job:
         self.context = context
         self.work = work
         self._model: nn.Module | None = None
+        self._quantization = plan.config.quantization
+        self._assignment: Assignment | None = None
         micro_batch_size = self.config.evaluation.micro_batch_size
         self._evaluation = plan.evaluation.batches(
             micro_batch_size, context.dp_rank, context.dp_size
@@ -101,11 +107,31 @@ class _Job:
             evaluation = self._evaluate(self._original(), record=output.directory)
             output.result = evaluation.to_dict()
 
+    def assign(self) -> None:
+        """Stages ``sensitivity-N``, and the choice of every layer's recipe."""
+        mixed = self.plan.mixed
+        if mixed is None:
+            return
+        sensitivity = mixed.saved or measure_sensitivity(
+            mixed,
+            self.context,
+            self.work,
+            load=self._fresh,
+            calibrate=self._forward_loop(),
+            micro_batch_size=self.config.quantization.calibration_batch_size,
+            vocab_size=self.plan.checkpoint.architecture.vocab_size,
+        )
+        if mixed.saved is None:
+            # It carries the last candidate's quantizers.
+            self._release()
+        self._assignment = mixed.assign(sensitivity)
+        self._quantization = self._assignment.quantization
+
     def quantize(self) -> None:
         """Stages ``calibration``, ``quantized`` and ``export``: the model in memory."""
         if self.work.has("export"):
             return
-        quantizer, model = Quantizer(self.config.quantization), self._original()
+        quantizer, model = Quantizer(self._quantization), self._original()
         if self.work.has("calibration"):
             quantizer.restore(model, self.work.directory("calibration"), self.context)
         else:
@@ -170,12 +196,16 @@ class _Job:
             mended=calibration["mended"],
             experts=[ExpertTokens.from_dict(layer) for layer in calibration["experts"]],
             exported=ExportedModel(self.work.directory("export")),
+            assignment=self._assignment,
         )
 
     def publish(self, comparison: Comparison, *, overwrite: bool) -> None:
         """Adds report and manifest to the export and gives it its name."""
         directory, metrics = self.work.directory("export"), comparison.columns[-1].metrics
         write_report(directory, comparison)
+        if self._assignment is not None:
+            text = self._assignment.sensitivity.to_json()
+            atomic_write(directory / SENSITIVITY_NAME, text)
         write_manifest(
             directory,
             kind="quantized",
@@ -197,6 +227,10 @@ class _Job:
                 )
                 checkpoint.load(self._model, self.context)
         return self._model
+
+    def _fresh(self) -> nn.Module:
+        self._release()
+        return self._original()
 
     def _release(self) -> None:
         self._model = None

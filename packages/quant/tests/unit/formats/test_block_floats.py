@@ -83,6 +83,14 @@ def same(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
     )
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_size_is_known_beforehand(name: str) -> None:
+    tensors = pack(name, random_weight(torch.float32))
+    assert FORMATS[name].stored_bits((OUT, IN)) == {
+        suffix: tensor.numel() * tensor.element_size() * 8 for suffix, tensor in tensors.items()
+    }
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 class TestWeights:

@@ -167,6 +167,15 @@ def test_bytes_are_those_of_modelopts_export(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
+def test_the_size_is_known_beforehand(name: str) -> None:
+    weight = random_weight(torch.bfloat16)
+    tensors = pack(name, weight, calibrated(name, weight)._amax)
+    assert FORMATS[name].stored_bits((OUT, IN), BLOCK) == {
+        suffix: tensor.numel() * tensor.element_size() * 8 for suffix, tensor in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
 def test_error_is_half_a_step_in_float64(name: str) -> None:
     weight = random_weight(torch.float32).double()
     tensors = pack(name, weight.float(), calibrated(name, weight.float())._amax)

@@ -89,6 +89,9 @@ def test_tensors_are_those_of_modelopts_export() -> None:
     assert expected.shape == tensors["weight"].shape
     assert differ < 1e-3
     assert FORMAT.bits_per_weight(tensors) == pytest.approx(4 + 32 / BLOCK + 64 / (OUT * IN))
+    assert sum(FORMAT.stored_bits((OUT, IN), BLOCK).values()) == (
+        FORMAT.bits_per_weight(tensors) * OUT * IN
+    )
 
 
 def test_activations_are_fp8() -> None:

@@ -125,6 +125,51 @@ FLAGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["--calib-seq-len", "1024"],
         ("calibration_seq_len", "at most 512"),
     ),
+    "two budgets": (["--bits", "5", "--size", "1MB"], ("mixed.bits", "one budget")),
+    "budget too small": (
+        ["--bits", "4", "--block-size", "auto"],
+        ("mixed.bits", "4 bits a weight", "to 16.000 bits a weight"),
+    ),
+    "size too small": (["--size", "10kB", "--candidates", "fp8,none"], ("mixed.size", "MB to")),
+    "budget of the whole model": (
+        ["--bits", "16", "--block-size", "auto"],
+        ("mixed.bits", "nothing to quantize"),
+    ),
+    "no size": (["--size", "80"], ("mixed.size", "80MB")),
+    "unknown candidate": (
+        ["--bits", "6", "--candidates", "fp8,fp9"],
+        ("mixed.candidates", "did you mean fp8"),
+    ),
+    "one candidate": (["--bits", "6", "--candidates", "fp8"], ("mixed.candidates",)),
+    "candidates that search": (
+        ["--bits", "6", "--candidates", "int4_awq,w4a8_awq"],
+        ("mixed.candidates", "only one", "int4_awq, w4a8_awq"),
+    ),
+    "candidates that do not mix": (
+        ["--bits", "9", "--candidates", "int8_sq,fp8"],
+        ("mixed.candidates", "smoothquant"),
+    ),
+    "candidate for GPUs": (
+        ["--bits", "6", "--candidates", "nvfp4,fp8"],
+        ("mixed.candidates", "nvfp4 on cpu"),
+    ),
+    "candidate whose blocks do not fit": (
+        ["--bits", "6"],
+        ("quantization.awq_block_size", "linear_qkv has 64"),
+    ),
+    "recipe beside a budget": (
+        ["--bits", "6", "--recipe", "int8"],
+        ("quantization.algorithm", "--candidates"),
+    ),
+    "override beside a budget": (
+        ["--bits", "6", "--override", "*.mlp=int8"],
+        ("quantization.overrides", "exclude"),
+    ),
+    "sensitivities without a budget": (["--sensitivity", "x.json"], ("mixed.sensitivity",)),
+    "missing sensitivities": (
+        ["--bits", "6", "--block-size", "auto", "--sensitivity", "/no/such.json"],
+        ("/no/such.json", "missing"),
+    ),
     "missing text": (["--data", "/no/such/text.txt"], ("/no/such/text.txt",)),
     "unknown text": (["--data", "prose"], ("prose",)),
     "KV cache for GPUs": (
