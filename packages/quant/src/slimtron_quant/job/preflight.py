@@ -14,7 +14,7 @@ from slimtron_common.config import fingerprint, to_dict
 from slimtron_common.data import TokenDataset, token_dataset
 from slimtron_common.data.config import DataConfig
 from slimtron_common.data.sources import check_source
-from slimtron_common.errors import ConfigError
+from slimtron_common.errors import ConfigError, ParallelismError
 from slimtron_common.evaluation.reference import reference_bytes
 from slimtron_common.manifest import environment_versions
 from slimtron_common.memory import check_memory, required_memory, shard_parameters
@@ -161,14 +161,13 @@ def preflight(
     check_context_parallel(parallel.context_parallel_size)
     candidates = None
     if config.mixed.is_on:
-        if parallel.expert_parallel_size > 1:
+        if parallel.expert_parallel_size > 1 and config.mixed.sensitivity is None:
             raise ParallelismError(
                 "sensitivity is measured where every process holds all experts",
                 where="parallel.expert_parallel_size",
                 found=parallel.expert_parallel_size,
-                allowed="1 with a budget",
-                hint="measure over tensor and pipeline parallelism; the sensitivity.json that "
-                "comes out holds for them alone",
+                allowed="1, or any with a measured --sensitivity",
+                hint="measure once over tensor and pipeline parallelism",
             )
         candidates = open_candidates(config, architecture, device)
         schemes = list(candidates.schemes.values())

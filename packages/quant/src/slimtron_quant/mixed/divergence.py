@@ -32,7 +32,7 @@ from slimtron_common.progress import Progress
 from slimtron_quant.formats.detect import quantizer_stages
 from slimtron_quant.mixed.groups import FormatGroup
 from slimtron_quant.mixed.replay import Replay
-from slimtron_quant.summary import global_name, layer_offset, linear_modules
+from slimtron_quant.summary import global_name, linear_modules
 
 __all__ = ["Divergence", "measure_groups"]
 
@@ -105,9 +105,8 @@ def measure_groups(
     Returns:
         Nats per token by the group's name; the same on every process.
     """
-    offset = layer_offset(model)
     quantizers = {
-        global_name(name, offset): list(_enabled(module))
+        global_name(model, name): list(_enabled(module))
         for name, module in linear_modules(model).items()
     }
     replay = Replay(model, lambda: divergence.run(model))
