@@ -93,6 +93,9 @@ class Checkpoint(ABC):
 
     kind: str
 
+    is_quantized = False
+    """Whether ``load`` gives the model quantizers."""
+
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         if not path.is_dir():
             found = "a file" if path.exists() else "nothing"

@@ -2,7 +2,8 @@
 
 ``DIR/config.json`` says what the model is in Hugging Face's terms, the tokenizer's files lie
 next to it, and ``DIR/weights`` is a checkpoint of ``megatron.core.dist_checkpointing``
-(``torch_dist``), which opens at any tensor and pipeline size.
+(``torch_dist``), which opens at any tensor and pipeline size. That of a quantized model holds
+ModelOpt's quantizers, too, and gives them to the model that it is loaded into.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -20,7 +22,15 @@ from slimtron_common.checkpoint.huggingface import write_json
 from slimtron_common.checkpoint.metadata import check_metadata, refuse_code
 from slimtron_common.checkpoint.writer import collective_directory, copy_files
 from slimtron_common.errors import CheckpointError
-from slimtron_common.integrations.megatron_core import load_sharded
+from slimtron_common.integrations.megatron_core import COMMON_STATE, load_sharded
+from slimtron_common.integrations.modelopt_state import (
+    STATE_DIR,
+    cut_gated_scales,
+    is_quantized,
+    quantizer_settings,
+    restore_quantizers,
+    write_modelopt_state,
+)
 from slimtron_common.manifest import write_manifest
 from slimtron_common.models.architecture import Architecture
 from slimtron_common.models.huggingface import config_from_architecture
@@ -48,7 +58,8 @@ class MegatronCheckpoint(Checkpoint):
                 found="no metadata.json",
                 hint="save the checkpoint again",
             )
-        rows = check_metadata(self.weights).get(_EMBEDDING, (0,))[0]
+        shapes = check_metadata(self.weights)
+        rows = shapes.get(_EMBEDDING, (0,))[0]
         # Megatron-Core pads the embedding and would fill up a shorter one without a word.
         if rows < self.architecture.vocab_size:
             raise CheckpointError(
@@ -56,6 +67,14 @@ class MegatronCheckpoint(Checkpoint):
                 where=path / CONFIG_NAME,
                 found=self.architecture.vocab_size,
                 allowed=f"at most {rows}",
+            )
+        state = self.weights / STATE_DIR
+        self.is_quantized = state.is_dir() or any("_quantizer." in name for name in shapes)
+        if self.is_quantized and not (state / COMMON_STATE).is_file():
+            raise CheckpointError(
+                "the checkpoint holds scales of quantizers, and what they belong to is missing",
+                where=state / COMMON_STATE,
+                hint="copy the folder along with the weights",
             )
 
     @property
@@ -70,6 +89,8 @@ class MegatronCheckpoint(Checkpoint):
             with refuse_code(), warnings.catch_warnings():
                 # Megatron-Core reads by functions that torch is about to rename.
                 warnings.simplefilter("ignore", FutureWarning)
+                if self.is_quantized and not is_quantized(model):
+                    restore_quantizers(model, self.weights)
                 state = load_sharded(_sharded_weights(model), self.weights)
         except (
             CheckpointingException,
@@ -97,10 +118,11 @@ def save_megatron(
     architecture: Architecture,
     context: ParallelContext,
     *,
+    dtype: torch.dtype | None = None,
     companions: list[Path] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Saves a model as a Megatron distributed checkpoint.
+    """Saves a model as a Megatron distributed checkpoint, its quantizers included.
 
     All processes call it. The directory appears whole or not at all. Megatron-Core's writers
     are separate processes, so a script that calls this needs ``if __name__ == "__main__"``.
@@ -110,6 +132,8 @@ def save_megatron(
         model: A Megatron-Core model or what holds it, at any tensor and pipeline size.
         architecture: What it is.
         context: This process's place.
+        dtype: Type of the weights to write; the model's own without it. The scales of quantizers
+            keep theirs.
         companions: Tokenizer files to copy along.
         overwrite: Whether an existing directory is replaced.
 
@@ -117,7 +141,7 @@ def save_megatron(
         CheckpointError: The directory exists or cannot be written.
     """
     with collective_directory(path, context, overwrite=overwrite) as directory:
-        write_megatron(directory, model, architecture, context, companions=companions)
+        write_megatron(directory, model, architecture, context, dtype=dtype, companions=companions)
 
 
 def write_megatron(
@@ -126,6 +150,7 @@ def write_megatron(
     architecture: Architecture,
     context: ParallelContext,
     *,
+    dtype: torch.dtype | None = None,
     companions: list[Path] | None = None,
 ) -> None:
     """Fills a directory as ``save_megatron`` does; its arguments, and an existing directory.
@@ -135,14 +160,20 @@ def write_megatron(
     from megatron.core import dist_checkpointing
 
     model = unwrap_model(model)
+    written = dtype or next(model.parameters()).dtype
     weights = directory / WEIGHTS_DIR
     if context.is_main:
         weights.mkdir()
     context.barrier()
-    dist_checkpointing.save(_sharded_weights(model), str(weights))
+    sharded = _in_type(_sharded_weights(model), dict(model.named_parameters()), written)
+    if is_quantized(model):
+        sharded |= quantizer_settings(model)
+    dist_checkpointing.save(sharded, str(weights))
     if context.is_main:
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        write_json(directory / CONFIG_NAME, config_from_architecture(architecture, dtype=dtype))
+        if is_quantized(model):
+            write_modelopt_state(model, weights)
+        name = str(written).removeprefix("torch.")
+        write_json(directory / CONFIG_NAME, config_from_architecture(architecture, dtype=name))
         copy_files(companions or [], directory)
         write_manifest(directory, kind="megatron", config={}, metrics={}, seed=None)
     context.barrier()
@@ -150,5 +181,21 @@ def write_megatron(
 
 def _sharded_weights(model: Any) -> dict[str, Any]:
     # Transformer Engine's extra state holds FP8 training recipes, which weights do not need.
-    sharded = model.sharded_state_dict(prefix="")
-    return {name: value for name, value in sharded.items() if "_extra_state" not in name}
+    sharded = {
+        name: value
+        for name, value in model.sharded_state_dict(prefix="").items()
+        if "_extra_state" not in name
+    }
+    return cut_gated_scales(model, sharded) if is_quantized(model) else sharded
+
+
+def _in_type(
+    sharded: dict[str, Any], parameters: dict[str, nn.Parameter], dtype: torch.dtype
+) -> dict[str, Any]:
+    for name in sharded.keys() & parameters.keys():
+        item = sharded[name]
+        item.data = item.data.detach().to(dtype)
+        if hasattr(item, "dtype"):
+            # What builds several tensors out of one asks that one.
+            item.dtype = dtype
+    return sharded
