@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from slimtron_quant.errors import CalibrationError
 from slimtron_quant.formats.base import SMALLEST_AMAX
 
-__all__ = ["MendedScale", "ScaleReport", "check_scales"]
+__all__ = ["MendedScale", "ScaleReport", "check_scales", "find_faults"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,25 +64,7 @@ def check_scales(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) 
     Raises:
         CalibrationError: A quantizer saw no data, or a scale is NaN, infinite or negative.
     """
-    failures: list[str] = []
-    mended: list[MendedScale] = []
-    checked = 0
-    for name, quantizer in _quantizers(model):
-        pre_quant_scale = getattr(quantizer, "_pre_quant_scale", None)
-        # A quantizer that is off still multiplies its input by the factor.
-        if pre_quant_scale is not None and (fault := _fault(pre_quant_scale, zero_allowed=False)):
-            failures.append(f"{name}: the pre-quant scale is {fault}")
-        if not _has_static_scale(quantizer):
-            continue
-        checked += 1
-        amax = getattr(quantizer, "_amax", None)
-        if amax is None:
-            failures.append(f"{name}: never saw data")
-        elif fault := _fault(amax, zero_allowed=True):
-            failures.append(f"{name}: amax is {fault}")
-        else:
-            mended.extend(_mend(name, quantizer, amax, scale_dtype))
-    if failures:
+    if failures := find_faults(model, zero_allowed=True):
         raise CalibrationError(
             f"calibration left {len(failures)} quantizers without a usable scale",
             found="; ".join(failures[:_LISTED]) + ("; ..." if len(failures) > _LISTED else ""),
@@ -91,9 +73,38 @@ def check_scales(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) 
                 "model's weights, or exclude these layers"
             ),
         )
+    mended: list[MendedScale] = []
+    checked = 0
+    for name, quantizer in _quantizers(model):
+        if _has_static_scale(quantizer):
+            checked += 1
+            mended.extend(_mend(name, quantizer, quantizer._amax, scale_dtype))
     for item in mended:
         logger.warning("%s: %s (%d scales)", item.quantizer, item.reason, item.elements)
     return ScaleReport(checked=checked, mended=tuple(mended))
+
+
+def find_faults(model: nn.Module, *, zero_allowed: bool = False) -> list[str]:
+    """Says which scales mean nothing, and why; nothing is changed.
+
+    Args:
+        model: Model with ModelOpt's quantizers, calibrated.
+        zero_allowed: Whether an amax may be zero.
+    """
+    faults = []
+    for name, quantizer in _quantizers(model):
+        pre_quant_scale = getattr(quantizer, "_pre_quant_scale", None)
+        # A quantizer that is off still multiplies its input by the factor.
+        if pre_quant_scale is not None and (fault := _fault(pre_quant_scale, zero_allowed=False)):
+            faults.append(f"{name}: the pre-quant scale is {fault}")
+        if not _has_static_scale(quantizer):
+            continue
+        amax = getattr(quantizer, "_amax", None)
+        if amax is None:
+            faults.append(f"{name}: never saw data")
+        elif fault := _fault(amax, zero_allowed=zero_allowed):
+            faults.append(f"{name}: amax is {fault}")
+    return faults
 
 
 def _quantizers(model: nn.Module) -> Iterator[tuple[str, Any]]:

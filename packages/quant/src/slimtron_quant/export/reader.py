@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,11 @@ class ExportedModel:
         return found
 
     @property
+    def weight_bytes(self) -> int:
+        """Size of the safetensors files."""
+        return self.tensors.weight_bytes
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits over all parameters, scales and unquantized tensors included."""
         bits = sum(_bits(*header) for header in self.tensors.headers.values())
@@ -94,6 +100,11 @@ class ExportedModel:
         if fmt is None:
             return self.tensors.read(name)
         return fmt.unpack(self._packed(module), dtype=torch.float32, shape=self._shapes[name])
+
+    def describe(self) -> str:
+        """Returns in a line how many modules are stored in which format."""
+        formats = Counter(fmt.name for fmt in self.formats.values())
+        return ", ".join(f"{count} modules {name}" for name, count in formats.items())
 
     def check_values(self) -> None:
         """Reads and decodes every tensor.

@@ -9,7 +9,7 @@ from slimtron_common.evaluation import Evaluation
 from slimtron_common.evaluation.gate import QualityGate
 from slimtron_common.manifest import environment_versions
 from slimtron_common.report import Column, Comparison, Metric, Number, Plot, Table
-from slimtron_quant.export.reader import ExportedModel
+from slimtron_quant.export.kinds import Export
 from slimtron_quant.job.coverage import coverage
 from slimtron_quant.job.preflight import Plan
 from slimtron_quant.summary import LayerSummary
@@ -35,7 +35,7 @@ def compare(
     *,
     layers: Sequence[LayerSummary],
     mended: Sequence[Mapping[str, Any]],
-    exported: ExportedModel,
+    exported: Export,
 ) -> Comparison:
     """Puts original, quantized and reloaded model side by side.
 
@@ -58,7 +58,7 @@ def compare(
     memory = _column("in memory", evaluations["quantized"])
     reloaded = _column("exported", evaluations["exported"])
     reloaded.metrics.update(
-        weight_bytes=exported.tensors.weight_bytes,
+        weight_bytes=exported.weight_bytes,
         bits_per_weight=exported.bits_per_weight,
         bits_per_quantized_weight=covered.bits_per_quantized_weight,
         kl_memory=evaluations["exported"].distances["memory"].kl,

@@ -25,7 +25,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         ("model", f"{plan.config.model}, {plan.checkpoint.num_parameters:,} parameters"),
         ("recipe", f"{plan.recipe.name}: {plan.recipe.summary}"),
         ("linear layers", plan.scheme.describe()),
-        ("output", str(plan.config.output)),
+        ("output", f"{plan.config.export.export_format}:{plan.config.output}"),
         ("evaluation text", _sequences(plan.evaluation)),
         (
             "calibration text",
