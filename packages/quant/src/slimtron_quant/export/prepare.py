@@ -7,6 +7,7 @@ from torch import nn
 
 from slimtron_common.models import Architecture
 from slimtron_quant.export.folding import fold_input_factors
+from slimtron_quant.export.settle import settle_scales
 from slimtron_quant.formats.detect import detect_format
 
 __all__ = ["prepare_for_export"]
@@ -29,6 +30,7 @@ def prepare_for_export(
     """
     if packs:
         fold_input_factors(model, architecture, dtype=dtype)
+        settle_scales(model)
     for name, parameter in model.named_parameters():
         module = model.get_submodule(name.rpartition(".")[0])
         is_packed = packs and name.endswith(".weight") and detect_format(module) is not None
