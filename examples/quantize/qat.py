@@ -1,6 +1,6 @@
-"""Train a quantized model on with its quantizers in place (quantization-aware training).
+r"""Train a quantized model on with its quantizers in place (quantization-aware training).
 
-    slimtron-quant run --model hf:MODEL --recipe int4 --block-size auto --data pydoc \\
+    slimtron-quant run --model hf:MODEL --recipe int4 --block-size auto --data pydoc \
         --export-format megatron --out QUANTIZED
     python examples/quantize/qat.py QUANTIZED TRAINED --data pydoc --steps 20
     slimtron-quant export megatron:TRAINED --out SERVED

@@ -10,8 +10,12 @@ from torch import Tensor
 
 from slimtron_common.checkpoint import open_checkpoint
 from slimtron_common.models.megatron import build_model
-from slimtron_common.parallel import ParallelConfig, ParallelContext, forward_only
-from slimtron_common.parallel import initialize_parallel
+from slimtron_common.parallel import (
+    ParallelConfig,
+    ParallelContext,
+    forward_only,
+    initialize_parallel,
+)
 from slimtron_common.testing import run_ranks, write_tiny_model
 from slimtron_quant import ExportConfig, QuantizationConfig, Quantizer, calibration_loop
 

@@ -21,7 +21,10 @@ def register(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="megatron:DIR", help="the quantized checkpoint")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
     parser.add_argument(
-        "--export-dtype", default="bf16", metavar="TYPE", help="of unquantized weights: bf16, 16, 32"
+        "--export-dtype",
+        default="bf16",
+        metavar="TYPE",
+        help="of unquantized weights: bf16, 16, 32",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     text = parser.add_argument_group("text to compare on")

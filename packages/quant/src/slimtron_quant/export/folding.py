@@ -142,7 +142,7 @@ def _takes_rows(producer: Any, dtype: torch.dtype) -> bool:
         return False
     found = detect_format(producer)
     if found is None:
-        return dtype == producer.weight.dtype == torch.float32
+        return bool(dtype == producer.weight.dtype == torch.float32)
     fmt = format_named(found.name)
     if fmt.has_two_levels or fmt.block_shape(1)[0] != 1:
         return False

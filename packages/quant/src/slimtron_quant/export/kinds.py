@@ -77,8 +77,14 @@ def write_export(
         UnsupportedModelError: A layer's quantizers have no format on disk.
     """
     prepare_for_export(model, architecture, dtype=dtype, packs=kind == "hf")
-    write = {"hf": write_huggingface, "megatron": write_megatron}[kind]
-    write(directory, model, architecture, context, dtype=dtype, companions=list(companions))
+    if kind == "hf":
+        write_huggingface(
+            directory, model, architecture, context, dtype=dtype, companions=companions
+        )
+    else:
+        write_megatron(
+            directory, model, architecture, context, dtype=dtype, companions=list(companions)
+        )
 
 
 def open_export(directory: Path, *, layer_spec: LayerSpec = "auto") -> Export:

@@ -14,7 +14,7 @@ from slimtron_common.models import Architecture
 from slimtron_common.models.mapping import model_parameters
 from slimtron_common.models.megatron import LayerSpec, build_model
 from slimtron_common.parallel import ParallelContext
-from slimtron_quant.calibration.scales import find_faults
+from slimtron_quant.formats.faults import find_faults
 
 __all__ = ["MegatronExport", "check_is_quantized"]
 

@@ -25,6 +25,8 @@ from slimtron_quant.formats import FORMATS, Format
 
 __all__ = ["ExportedModel"]
 
+_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
 
 class ExportedModel:
     """A quantized Hugging Face directory.
@@ -55,6 +57,7 @@ class ExportedModel:
         self.tensors = SafetensorsDirectory(path)
         self._check_announcements(announced)
         self._check_tensors()
+        self._check_bits(announced.get("config_groups", {}))
 
     @cached_property
     def formats(self) -> dict[str, Format]:
@@ -110,9 +113,19 @@ class ExportedModel:
         """Reads and decodes every tensor.
 
         Raises:
-            CheckpointError: One has another type or shape than its layout says, a scale is not
-                a positive number, or a value is not finite.
+            CheckpointError: One has another type or shape than its layout says or is no part of
+                it, a scale is not a positive number of a likely size, or a value is not finite.
         """
+        for module, fmt in self.formats.items():
+            tensors = _Remembering(self._packed(module))
+            fmt.unpack(tensors, dtype=torch.float32, shape=self._shapes[f"{module}.weight"])
+            unread = tensors.keys() - tensors.read
+            if unread := {name for name in unread if f"{module}.{name}" not in self._shapes}:
+                raise CheckpointError(
+                    f"a tensor has no place in the format {fmt.name}",
+                    where=self.path,
+                    found=f"{module}.{min(unread)}",
+                )
         for name in self._shapes:
             if not bool(self.read(name).isfinite().all()):
                 raise CheckpointError("a weight is not finite", where=self.path, found=name)
@@ -216,6 +229,50 @@ class ExportedModel:
                 where=self.path,
                 found=f"missing {missing[:3]}, unexpected {unknown[:3]}",
             )
+        for name, shape in self._shapes.items():
+            is_packed = name.removesuffix(".weight") in self.formats
+            stored = self.tensors.headers[name]
+            if not is_packed and stored != (_TYPES.get(self.dtype), shape):
+                raise CheckpointError(
+                    "a tensor that is not quantized is not as the config says",
+                    where=self.path,
+                    found=f"{name}: {stored[0]} {stored[1]}",
+                    allowed=f"{_TYPES.get(self.dtype)} {shape}",
+                )
+
+    def _check_bits(self, groups: dict[str, Any]) -> None:
+        claims = {
+            target: group["weights"]["num_bits"]
+            for group in groups.values()
+            for target in group["targets"]
+        }
+        for module in self.formats:
+            name = f"{module}.weight"
+            found = _bits(*self.tensors.headers[name]) / torch.Size(self._shapes[name]).numel()
+            claimed = claims.get(module, claims.get("Linear", found))
+            if found != claimed:
+                raise CheckpointError(
+                    "the weights take another number of bits than the config claims",
+                    where=self.path,
+                    found=f"{name}: {found:g} bits for a weight",
+                    allowed=f"{claimed:g}",
+                )
+
+
+class _Remembering(dict[str, Tensor]):
+    """Remembers which of a layer's tensors its format asked for."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.read: set[str] = set()
+
+    def __getitem__(self, suffix: str) -> Tensor:
+        self.read.add(suffix)
+        return super().__getitem__(suffix)
+
+    def get(self, suffix: str, default: Any = None) -> Any:
+        self.read.add(suffix)
+        return super().get(suffix, default)
 
 
 class _InputHook:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 

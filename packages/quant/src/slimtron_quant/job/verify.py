@@ -65,9 +65,7 @@ def verify_directory(
             vocab_size=vocab_size,
             references=references,
         )
-    columns.append(
-        _column("exported", found, exported.weight_bytes, exported.bits_per_weight)
-    )
+    columns.append(_column("exported", found, exported.weight_bytes, exported.bits_per_weight))
     return Comparison(
         title=f"{directory.name}, reloaded",
         columns=tuple(columns),

@@ -17,8 +17,8 @@ from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
 from torch import Tensor, nn
 
 from slimtron_common.checkpoint import Checkpoint, open_checkpoint
-from slimtron_common.checkpoint.writer import collective_directory
 from slimtron_common.checkpoint.weights import bound_parameters
+from slimtron_common.checkpoint.writer import collective_directory
 from slimtron_common.errors import CheckpointError, VerificationError
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import ParallelContext, forward_only, initialize_parallel

@@ -43,4 +43,6 @@ def test_what_is_read_rounds_as_what_was_calibrated(config: str, fmt: str) -> No
     assert 0 < changed < len(before) / 2
     again = [layer.input_quantizer._amax.clone() for layer in model]
     settle_scales(model)
-    assert all(torch.equal(a, layer.input_quantizer._amax) for a, layer in zip(again, model, strict=True))
+    assert all(
+        torch.equal(a, layer.input_quantizer._amax) for a, layer in zip(again, model, strict=True)
+    )

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from slimtron_common.checkpoint import open_checkpoint
-from slimtron_common.errors import CheckpointError
+from slimtron_common.conversion import plan_conversion
+from slimtron_common.errors import CheckpointError, ConfigError
 from slimtron_common.manifest import read_manifest, verify_manifest
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import initialize_parallel
@@ -69,6 +70,11 @@ def test_it_is_not_quantized_again(
     assert "slimtron-quant export" in capsys.readouterr().err
 
 
+def test_a_conversion_does_not_drop_the_quantizers(quantized: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="slimtron-quant export"):
+        plan_conversion(f"megatron:{quantized}", f"hf:{tmp_path / 'out'}")
+
+
 def test_a_model_without_quantizers_is_not_exported(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,7 +110,9 @@ def test_it_trains_on_and_exports(
     # The scales are those of the calibration.
     assert not any("quantizer" in name for name in changed)
 
-    assert main(["export", f"megatron:{trained}", "--out", str(served), "--device", "cpu", *TEXT]) == 0
+    assert (
+        main(["export", f"megatron:{trained}", "--out", str(served), "--device", "cpu", *TEXT]) == 0
+    )
     assert read_manifest(served).kind == "quantized"
     checkpoint, exported = (column.metrics for column in read_report(served).columns)
     assert exported["perplexity"] == pytest.approx(checkpoint["perplexity"], rel=0.01)
@@ -118,7 +126,9 @@ def _opened(path: Path) -> dict[str, Any]:
     with initialize_parallel(device="cpu") as context:
         model = build_model(checkpoint.architecture, context, dtype=torch.float32)
         checkpoint.load(model, context)
-        return {k: v.clone() for k, v in model.state_dict().items() if not k.endswith("_extra_state")}
+        return {
+            k: v.clone() for k, v in model.state_dict().items() if not k.endswith("_extra_state")
+        }
 
 
 def test_every_weight_learns_through_the_quantizers(quantized: Path, qat: ModuleType) -> None:
@@ -131,4 +141,5 @@ def test_every_weight_learns_through_the_quantizers(quantized: Path, qat: Module
         assert model.decoder.layers[0].mlp.linear_fc1.weight_quantizer.is_enabled
         qat.train(model, [tokens], steps=1, lr=0.0)
         for name, parameter in model.named_parameters():
-            assert parameter.grad is not None and float(parameter.grad.norm()) > 0, name
+            assert parameter.grad is not None, name
+            assert float(parameter.grad.norm()) > 0, name
