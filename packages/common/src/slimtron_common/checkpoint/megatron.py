@@ -28,6 +28,7 @@ from slimtron_common.integrations.modelopt_state import (
     cut_gated_scales,
     is_quantized,
     quantizer_settings,
+    quiet_modelopt,
     restore_quantizers,
     write_modelopt_state,
 )
@@ -180,12 +181,10 @@ def write_megatron(
 
 
 def _sharded_weights(model: Any) -> dict[str, Any]:
+    with quiet_modelopt():
+        sharded = model.sharded_state_dict(prefix="")
     # Transformer Engine's extra state holds FP8 training recipes, which weights do not need.
-    sharded = {
-        name: value
-        for name, value in model.sharded_state_dict(prefix="").items()
-        if "_extra_state" not in name
-    }
+    sharded = {name: value for name, value in sharded.items() if "_extra_state" not in name}
     return cut_gated_scales(model, sharded) if is_quantized(model) else sharded
 
 

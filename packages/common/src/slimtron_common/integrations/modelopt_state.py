@@ -50,7 +50,7 @@ def is_quantized(model: nn.Module) -> bool:
     return hasattr(model, "_modelopt_state")
 
 
-def quantizer_settings(model: nn.Module) -> dict[str, Any]:
+def quantizer_settings(model: Any) -> dict[str, Any]:
     """Returns the sharded objects that hold what each layer's quantizers are.
 
     Args:
@@ -61,7 +61,8 @@ def quantizer_settings(model: nn.Module) -> dict[str, Any]:
         for name, module in model.named_modules()
         if hasattr(module, "modelopt_get_extra_state_callbacks")
     }
-    sharded = _sharded_state_dict(model)
+    with quiet_modelopt():
+        sharded = model.sharded_state_dict(prefix="")
     return {name: value for name, value in sharded.items() if name in layers}
 
 
@@ -80,6 +81,9 @@ def cut_gated_scales(model: Any, sharded: dict[str, Any]) -> dict[str, Any]:
     for name, tensor in sharded.items():
         layer, _, quantizer = name.partition(".weight_quantizer.")
         if not layer.endswith("linear_fc1") or not quantizer:
+            continue
+        if not hasattr(tensor, "local_shape"):
+            # Cut by ModelOpt already.
             continue
         shape = tensor.local_shape
         # Rows of scales that lie in gate and up each. A block across both cannot be cut.
@@ -185,9 +189,3 @@ def _match_structure(layer: Any, quantizers: dict[str, Any]) -> None:
             setattr(layer, kind, SequentialQuantizer(*(TensorQuantizer() for _ in range(count))))
         elif not count and isinstance(getattr(layer, kind), SequentialQuantizer):
             setattr(layer, kind, TensorQuantizer())
-
-
-def _sharded_state_dict(model: Any) -> dict[str, Any]:
-    with quiet_modelopt():
-        sharded: dict[str, Any] = model.sharded_state_dict(prefix="")
-    return sharded

@@ -106,7 +106,8 @@ def _fold_into_producer(
         amax = producer.weight_quantizer._amax
         amax.copy_((amax.view(len(rows), -1) * rows[:, None]).view_as(amax))
     weight.mul_(rows[:, None])
-    if bias is not None:
+    # Transformer Engine's layers without a bias have an empty one.
+    if bias is not None and bias.numel():
         bias.mul_(rows)
     return True
 

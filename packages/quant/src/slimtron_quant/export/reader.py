@@ -57,7 +57,11 @@ class ExportedModel:
         self.tensors = SafetensorsDirectory(path)
         self._check_announcements(announced)
         self._check_tensors()
-        self._check_bits(announced.get("config_groups", {}))
+        self._claims = {
+            target: group["weights"]["num_bits"]
+            for group in announced.get("config_groups", {}).values()
+            for target in group["targets"]
+        }
 
     @cached_property
     def formats(self) -> dict[str, Format]:
@@ -114,7 +118,8 @@ class ExportedModel:
 
         Raises:
             CheckpointError: One has another type or shape than its layout says or is no part of
-                it, a scale is not a positive number of a likely size, or a value is not finite.
+                it, a scale is not a positive number of a likely size, a value is not finite, or
+                weights take another number of bits than ``config.json`` claims.
         """
         for module, fmt in self.formats.items():
             tensors = _Remembering(self._packed(module))
@@ -129,6 +134,7 @@ class ExportedModel:
         for name in self._shapes:
             if not bool(self.read(name).isfinite().all()):
                 raise CheckpointError("a weight is not finite", where=self.path, found=name)
+        self._check_bits()
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """Type to run the model in: as stored on a GPU, float32 on the CPU."""
@@ -240,16 +246,11 @@ class ExportedModel:
                     allowed=f"{_TYPES.get(self.dtype)} {shape}",
                 )
 
-    def _check_bits(self, groups: dict[str, Any]) -> None:
-        claims = {
-            target: group["weights"]["num_bits"]
-            for group in groups.values()
-            for target in group["targets"]
-        }
+    def _check_bits(self) -> None:
         for module in self.formats:
             name = f"{module}.weight"
             found = _bits(*self.tensors.headers[name]) / torch.Size(self._shapes[name]).numel()
-            claimed = claims.get(module, claims.get("Linear", found))
+            claimed = self._claims.get(module, self._claims.get("Linear", found))
             if found != claimed:
                 raise CheckpointError(
                     "the weights take another number of bits than the config claims",

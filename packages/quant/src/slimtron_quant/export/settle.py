@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from slimtron_quant.formats.base import VANISHING_AMAX
 from slimtron_quant.formats.codes import E4M3_MAX
+from slimtron_quant.formats.faults import has_static_scale, tensor_quantizers
 
 __all__ = ["settle_scales"]
 
@@ -30,10 +31,9 @@ def settle_scales(model: nn.Module) -> None:
         model: The bare model with calibrated quantizers. Scales in a half type stay: a unit in
             their last place is too much.
     """
-    for module in model.modules():
-        amax = getattr(module, "_amax", None)
-        if isinstance(amax, Tensor) and amax.dtype == torch.float32 and module.is_enabled:
-            amax.copy_(_settled(amax, module.num_bits))
+    for _, quantizer in tensor_quantizers(model):
+        if has_static_scale(quantizer) and quantizer._amax.dtype == torch.float32:
+            quantizer._amax.copy_(_settled(quantizer._amax, quantizer.num_bits))
 
 
 def _settled(amax: Tensor, num_bits: Any) -> Tensor:
