@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "slimtron-quant",
         "Quantize Megatron-Core and NeMo 2 language models, proved before and after.",
         "slimtron_quant.cli",
-        ["run", "plan", "verify", "recipes", "report"],
+        ["run", "plan", "export", "verify", "recipes", "report"],
         argv,
         version=__version__,
     )

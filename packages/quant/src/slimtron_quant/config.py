@@ -18,7 +18,18 @@ from slimtron_quant.recipes.table import is_file
 
 __all__ = ["ExportConfig", "QuantizationConfig"]
 
-_EXPORT_FORMATS = ("hf", "nemo", "trtllm")
+_EXPORT_FORMATS = ("hf", "megatron", "nemo", "trtllm")
+_OTHER_WRITERS = {
+    "nemo": (
+        "NeMo checkpoints are written by NeMo 2, which this version does not drive",
+        "megatron trains on, and converts to hf with `slimtron-quant export`",
+    ),
+    "trtllm": (
+        "TensorRT-LLM's own checkpoints are for its old engine builder",
+        "TensorRT-LLM loads hf directories, as vLLM and SGLang do",
+    ),
+}
+"""Formats of NeMo's that are refused, with what to write instead."""
 _DTYPES = {
     "bf16": "bfloat16",
     "16": "float16",
@@ -153,8 +164,9 @@ class ExportConfig:
     """Directory to write; a string is taken too."""
 
     export_format: str = "hf"
-    """``hf``, the unified checkpoint of vLLM, SGLang and TensorRT-LLM. NeMo's default was
-    ``trtllm``. This version refuses ``trtllm`` and ``nemo``."""
+    """``hf``, the unified checkpoint of vLLM, SGLang and TensorRT-LLM, or ``megatron``, a
+    distributed checkpoint with ModelOpt's quantizers, which trains on. NeMo's default was
+    ``trtllm``. This version refuses ``trtllm`` and ``nemo``, naming what to write instead."""
 
     dtype: str | int = "bf16"
     """Type of what stays unquantized: bf16, 16 or 32. NeMo's HF export ignored it and wrote
@@ -177,13 +189,14 @@ class ExportConfig:
         _check("path", self.path, bool(str(self.path)), "a directory to write")
         object.__setattr__(self, "path", Path(self.path))
         _check_choice("export_format", self.export_format, _EXPORT_FORMATS)
-        if self.export_format != "hf":
+        if self.export_format in _OTHER_WRITERS:
+            reason, hint = _OTHER_WRITERS[self.export_format]
             raise ConfigError(
-                f"this version does not write {self.export_format} checkpoints",
+                reason,
                 where="export_format",
                 found=self.export_format,
-                allowed="hf",
-                hint="TensorRT-LLM reads hf checkpoints too",
+                allowed="hf, megatron",
+                hint=hint,
             )
         _check_choice("dtype", str(self.dtype), tuple(_DTYPES))
         if self.generate_sample:
@@ -201,7 +214,7 @@ class ExportConfig:
                     "only trtllm checkpoints have this setting",
                     where=name,
                     found=getattr(self, name),
-                    hint=f"leave {name} out: hf checkpoints fit any engine layout",
+                    hint=f"leave {name} out: what is written fits any layout",
                 )
 
     @property

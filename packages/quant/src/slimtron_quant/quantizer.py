@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +12,12 @@ import torch
 from torch import nn
 
 from slimtron_common.checkpoint import open_checkpoint
+from slimtron_common.checkpoint.writer import collective_directory
 from slimtron_common.data import token_dataset
 from slimtron_common.data.config import DataConfig
 from slimtron_common.errors import ConfigError
 from slimtron_common.integrations.modelopt import shared_experts, to_modelopt
+from slimtron_common.integrations.modelopt_state import quiet_modelopt
 from slimtron_common.models.adjustments import weight_expert_outputs
 from slimtron_common.models.megatron import architecture_of
 from slimtron_common.parallel import ParallelContext, forward_only, unwrap_model
@@ -41,7 +40,7 @@ from slimtron_quant.calibration.scales import MendedScale, check_scales
 from slimtron_quant.calibration.state import restore_calibration
 from slimtron_quant.config import ExportConfig, QuantizationConfig
 from slimtron_quant.errors import CalibrationError
-from slimtron_quant.export.huggingface import export_huggingface
+from slimtron_quant.export.kinds import write_export
 from slimtron_quant.recipes import Scheme, quantization_scheme
 from slimtron_quant.summary import (
     LayerSummary,
@@ -122,7 +121,7 @@ class Quantizer:
         loop = None
         if scheme.needs_calibration and forward_loop is not None:
             loop = routed.during(forward_loop)
-        with _quiet_modelopt():
+        with quiet_modelopt():
             self._calibrate(megatron, calibration, loop)
         self.experts = routed.result(context)
         self._finish(megatron, context, scheme)
@@ -145,15 +144,17 @@ class Quantizer:
         return model
 
     def export(self, model: Any, model_dir: str | Path, trainer: Any = None) -> Path:
-        """Writes the quantized model as a Hugging Face directory for inference engines.
+        """Writes the quantized model as ``export_config.export_format`` says.
 
-        Every process calls it; the directory appears whole or not at all.
+        Every process calls it; the directory appears whole or not at all. Before it is written,
+        factors on inputs are folded away where that is exact, and what is written in another
+        type is rounded to it, in ``model`` too.
 
         Args:
             model: What ``quantize`` returned.
             model_dir: The Hugging Face directory of the original model: its config and tokenizer
                 go along.
-            trainer: Not needed for this format; kept for NeMo's signature.
+            trainer: Not needed for these formats; kept for NeMo's signature.
 
         Returns:
             The directory.
@@ -171,14 +172,16 @@ class Quantizer:
         source = open_checkpoint(f"hf:{model_dir}", where="model_dir")
         megatron = unwrap_model(model)
         context = ParallelContext.from_megatron(device=next(megatron.parameters()).device)
-        export_huggingface(
-            self.export_config.path,
-            megatron,
-            source.architecture,
-            context,
-            dtype=getattr(torch, self.export_config.torch_dtype),
-            companions=source.companion_files(),
-        )
+        with collective_directory(self.export_config.path, context) as directory:
+            write_export(
+                self.export_config.export_format,
+                directory,
+                megatron,
+                source.architecture,
+                context,
+                dtype=getattr(torch, self.export_config.torch_dtype),
+                companions=source.companion_files(),
+            )
         return self.export_config.path
 
     def _attach(self, model: Any, scheme: Scheme) -> Algorithm:
@@ -193,7 +196,7 @@ class Quantizer:
             num_layers=len(model.decoder.layers),
             experts=expert_range(model),
         )
-        with _quiet_modelopt(), shared_experts(expert_modules(model)):
+        with quiet_modelopt(), shared_experts(expert_modules(model)):
             mtq.quantize(model, to_modelopt(config.with_algorithm(None)))
         if scheme.kv_cache is not None:
             check_kv_quantizers(model)
@@ -273,19 +276,6 @@ class Quantizer:
         dataset = token_dataset(data, getattr(tokenizer, "tokenizer", tokenizer))
         batches = dataset.batches(data.micro_batch_size, context.dp_rank, context.dp_size)
         return calibration_loop(batches, context)
-
-
-@contextlib.contextmanager
-def _quiet_modelopt() -> Iterator[None]:
-    """Turns what ModelOpt prints into debug messages: standard output is for results."""
-    printed = io.StringIO()
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(printed):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for line in printed.getvalue().splitlines():
-            logger.debug("modelopt: %s", line)
 
 
 def calibration_loop(batches: Sequence[torch.Tensor], context: ParallelContext) -> ForwardLoop:

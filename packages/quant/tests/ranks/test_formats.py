@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from slimtron_common.checkpoint import open_checkpoint
+from slimtron_common.checkpoint.writer import collective_directory
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import ParallelConfig, initialize_parallel
 from slimtron_common.testing import run_ranks, write_tiny_model
 from slimtron_quant import calibration_loop
-from slimtron_quant.export.huggingface import export_huggingface
+from slimtron_quant.export.kinds import write_export
 
 CONFIGS = {
     "fp8_pc_pt": "FP8_PER_CHANNEL_PER_TOKEN_CFG",
@@ -48,9 +49,10 @@ def _export_all(rank: int, world_size: int, model_dir: Path, out: Path) -> None:
             config["quant_cfg"].append({"quantizer_name": "*output_layer*", "enable": False})
             mtq.quantize(model, {**config, "algorithm": None})
             mtq.calibrate(model, "max", calibration_loop([tokens], context))
-            export_huggingface(
-                out / name, model, checkpoint.architecture, context, dtype=torch.float32
-            )
+            with collective_directory(out / name, context) as directory:
+                write_export(
+                    "hf", directory, model, checkpoint.architecture, context, dtype=torch.float32
+                )
 
 
 def _rounded(x, quantizer):  # type: ignore[no-untyped-def]

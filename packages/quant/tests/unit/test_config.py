@@ -160,3 +160,13 @@ def test_importing_the_configs_is_light() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("other", "instead"), [("trtllm", "loads hf directories"), ("nemo", "megatron trains on")]
+)
+def test_nemos_formats_are_refused_naming_what_to_write(other: str, instead: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        ExportConfig(Path("out"), export_format=other)
+    assert error.value.allowed == "hf, megatron"
+    assert instead in str(error.value.hint)

@@ -110,6 +110,9 @@ class Checkpoint(ABC):
     config_name = CONFIG_NAME
     """The file that says what the model is."""
 
+    is_quantized = False
+    """Whether ``load`` gives the model quantizers."""
+
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         if not path.is_dir():
             found = "a file" if path.exists() else "nothing"

@@ -2,7 +2,8 @@
 
 ``DIR/config.json`` says what the model is in Hugging Face's terms, the tokenizer's files lie
 next to it, and ``DIR/weights`` is a checkpoint of ``megatron.core.dist_checkpointing``
-(``torch_dist``), which opens at any tensor and pipeline size.
+(``torch_dist``), which opens at any tensor and pipeline size. That of a quantized model holds
+ModelOpt's quantizers, too, and gives them to the model that it is loaded into.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -20,7 +22,16 @@ from slimtron_common.checkpoint.huggingface import write_json
 from slimtron_common.checkpoint.metadata import check_metadata, refuse_code
 from slimtron_common.checkpoint.writer import collective_directory, copy_files
 from slimtron_common.errors import CheckpointError
-from slimtron_common.integrations.megatron_core import load_sharded
+from slimtron_common.integrations.megatron_core import COMMON_STATE, load_sharded
+from slimtron_common.integrations.modelopt_state import (
+    STATE_DIR,
+    cut_gated_scales,
+    is_quantized,
+    quantizer_settings,
+    quiet_modelopt,
+    restore_quantizers,
+    write_modelopt_state,
+)
 from slimtron_common.manifest import write_manifest
 from slimtron_common.models.architecture import Architecture
 from slimtron_common.models.huggingface import config_from_architecture
@@ -48,8 +59,8 @@ class MegatronCheckpoint(Checkpoint):
                 found="no metadata.json",
                 hint="save the checkpoint again",
             )
-        stored = check_metadata(self.weights).get(_EMBEDDING)
-        rows = stored.shape[0] if stored else 0
+        stored = check_metadata(self.weights)
+        rows = stored[_EMBEDDING].shape[0] if _EMBEDDING in stored else 0
         # Megatron-Core pads the embedding and would fill up a shorter one without a word.
         if rows < self.architecture.vocab_size:
             raise CheckpointError(
@@ -58,22 +69,33 @@ class MegatronCheckpoint(Checkpoint):
                 found=self.architecture.vocab_size,
                 allowed=f"at most {rows}",
             )
+        state = self.weights / STATE_DIR
+        self.is_quantized = state.is_dir() or any("_quantizer." in name for name in stored)
+        if self.is_quantized and not (state / COMMON_STATE).is_file():
+            raise CheckpointError(
+                "the checkpoint holds scales of quantizers, and what they belong to is missing",
+                where=state / COMMON_STATE,
+                hint="copy the folder along with the weights",
+            )
 
     @property
     def weight_bytes(self) -> int:
         return sum(file.stat().st_size for file in self.weights.rglob("*") if file.is_file())
 
     def load(self, model: nn.Module, context: ParallelContext) -> None:
-        load_distributed(model, self.weights)
+        load_distributed(model, self.weights, quantized=self.is_quantized)
 
 
-def load_distributed(model: nn.Module, directory: Path, *, prefix: str = "") -> None:
+def load_distributed(
+    model: nn.Module, directory: Path, *, prefix: str = "", quantized: bool = False
+) -> None:
     """Fills a model from a ``torch_dist`` checkpoint, reading no more than the model's weights.
 
     Args:
         model: A Megatron-Core model or what holds it, at any tensor and pipeline size.
         directory: The distributed checkpoint, its index checked by ``check_metadata``.
         prefix: What the names in the checkpoint have before those of the model.
+        quantized: Whether ModelOpt's quantizers are beside the weights, to be restored.
 
     Raises:
         CheckpointError: The weights are damaged or not those of this model.
@@ -85,6 +107,8 @@ def load_distributed(model: nn.Module, directory: Path, *, prefix: str = "") -> 
         with refuse_code(), warnings.catch_warnings():
             # Megatron-Core reads by functions that torch is about to rename.
             warnings.simplefilter("ignore", FutureWarning)
+            if quantized and not is_quantized(model):
+                restore_quantizers(model, directory)
             state = load_sharded(_sharded_weights(model, prefix), directory)
     except (
         CheckpointingException,
@@ -113,10 +137,11 @@ def save_megatron(
     architecture: Architecture,
     context: ParallelContext,
     *,
+    dtype: torch.dtype | None = None,
     companions: list[Path] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Saves a model as a Megatron distributed checkpoint.
+    """Saves a model as a Megatron distributed checkpoint, its quantizers included.
 
     All processes call it. The directory appears whole or not at all. Megatron-Core's writers
     are separate processes, so a script that calls this needs ``if __name__ == "__main__"``.
@@ -126,6 +151,8 @@ def save_megatron(
         model: A Megatron-Core model or what holds it, at any tensor and pipeline size.
         architecture: What it is.
         context: This process's place.
+        dtype: Type of the weights to write; the model's own without it. The scales of quantizers
+            keep theirs.
         companions: Tokenizer files to copy along.
         overwrite: Whether an existing directory is replaced.
 
@@ -133,7 +160,7 @@ def save_megatron(
         CheckpointError: The directory exists or cannot be written.
     """
     with collective_directory(path, context, overwrite=overwrite) as directory:
-        write_megatron(directory, model, architecture, context, companions=companions)
+        write_megatron(directory, model, architecture, context, dtype=dtype, companions=companions)
 
 
 def write_megatron(
@@ -142,6 +169,7 @@ def write_megatron(
     architecture: Architecture,
     context: ParallelContext,
     *,
+    dtype: torch.dtype | None = None,
     companions: list[Path] | None = None,
 ) -> None:
     """Fills a directory as ``save_megatron`` does; its arguments, and an existing directory.
@@ -151,20 +179,40 @@ def write_megatron(
     from megatron.core import dist_checkpointing
 
     model = unwrap_model(model)
+    written = dtype or next(model.parameters()).dtype
     weights = directory / WEIGHTS_DIR
     if context.is_main:
         weights.mkdir()
     context.barrier()
-    dist_checkpointing.save(_sharded_weights(model), str(weights))
+    sharded = _in_type(_sharded_weights(model), dict(model.named_parameters()), written)
+    if is_quantized(model):
+        sharded |= quantizer_settings(model)
+    dist_checkpointing.save(sharded, str(weights))
     if context.is_main:
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        write_json(directory / CONFIG_NAME, config_from_architecture(architecture, dtype=dtype))
+        if is_quantized(model):
+            write_modelopt_state(model, weights)
+        name = str(written).removeprefix("torch.")
+        write_json(directory / CONFIG_NAME, config_from_architecture(architecture, dtype=name))
         copy_files(companions or [], directory)
         write_manifest(directory, kind="megatron", config={}, metrics={}, seed=None)
     context.barrier()
 
 
 def _sharded_weights(model: Any, prefix: str = "") -> dict[str, Any]:
+    with quiet_modelopt():
+        sharded = model.sharded_state_dict(prefix=prefix)
     # Transformer Engine's extra state holds FP8 training recipes, which weights do not need.
-    sharded = model.sharded_state_dict(prefix=prefix)
-    return {name: value for name, value in sharded.items() if "_extra_state" not in name}
+    sharded = {name: value for name, value in sharded.items() if "_extra_state" not in name}
+    return cut_gated_scales(model, sharded) if is_quantized(model) else sharded
+
+
+def _in_type(
+    sharded: dict[str, Any], parameters: dict[str, nn.Parameter], dtype: torch.dtype
+) -> dict[str, Any]:
+    for name in sharded.keys() & parameters.keys():
+        item = sharded[name]
+        item.data = item.data.detach().to(dtype)
+        if hasattr(item, "dtype"):
+            # What builds several tensors out of one asks that one.
+            item.dtype = dtype
+    return sharded

@@ -14,7 +14,11 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-__all__ = ["import_moe_utils", "load_sharded"]
+import torch
+
+__all__ = ["COMMON_STATE", "import_moe_utils", "load_sharded", "save_common_state"]
+
+COMMON_STATE = "common.pt"
 
 
 def import_moe_utils() -> Any:
@@ -51,3 +55,17 @@ def load_sharded(sharded: dict[str, Any], directory: Path) -> dict[str, Any]:
         options["common_strategy"] = NoCommonState()
     loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(directory), **options)
     return loaded
+
+
+def save_common_state(state: dict[str, Any], directory: Path) -> None:
+    """Writes a distributed checkpoint that is common state alone, as every version reads it.
+
+    Args:
+        state: What to save.
+        directory: Created.
+    """
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+
+    directory.mkdir()
+    torch.save(state, directory / COMMON_STATE)
+    save_config(CheckpointingConfig("torch_dist"), str(directory))

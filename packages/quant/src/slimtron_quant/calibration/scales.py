@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from slimtron_quant.errors import CalibrationError
 from slimtron_quant.formats.base import SMALLEST_AMAX
+from slimtron_quant.formats.faults import find_faults, has_static_scale, tensor_quantizers
 
 __all__ = ["MendedScale", "ScaleReport", "check_scales"]
 
@@ -64,25 +65,7 @@ def check_scales(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) 
     Raises:
         CalibrationError: A quantizer saw no data, or a scale is NaN, infinite or negative.
     """
-    failures: list[str] = []
-    mended: list[MendedScale] = []
-    checked = 0
-    for name, quantizer in _quantizers(model):
-        pre_quant_scale = getattr(quantizer, "_pre_quant_scale", None)
-        # A quantizer that is off still multiplies its input by the factor.
-        if pre_quant_scale is not None and (fault := _fault(pre_quant_scale, zero_allowed=False)):
-            failures.append(f"{name}: the pre-quant scale is {fault}")
-        if not _has_static_scale(quantizer):
-            continue
-        checked += 1
-        amax = getattr(quantizer, "_amax", None)
-        if amax is None:
-            failures.append(f"{name}: never saw data")
-        elif fault := _fault(amax, zero_allowed=True):
-            failures.append(f"{name}: amax is {fault}")
-        else:
-            mended.extend(_mend(name, quantizer, amax, scale_dtype))
-    if failures:
+    if failures := find_faults(model, zero_allowed=True):
         raise CalibrationError(
             f"calibration left {len(failures)} quantizers without a usable scale",
             found="; ".join(failures[:_LISTED]) + ("; ..." if len(failures) > _LISTED else ""),
@@ -91,37 +74,15 @@ def check_scales(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) 
                 "model's weights, or exclude these layers"
             ),
         )
+    mended: list[MendedScale] = []
+    checked = 0
+    for name, quantizer in tensor_quantizers(model):
+        if has_static_scale(quantizer):
+            checked += 1
+            mended.extend(_mend(name, quantizer, quantizer._amax, scale_dtype))
     for item in mended:
         logger.warning("%s: %s (%d scales)", item.quantizer, item.reason, item.elements)
     return ScaleReport(checked=checked, mended=tuple(mended))
-
-
-def _quantizers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """ModelOpt's TensorQuantizers, those inside a sequence one by one."""
-    for name, module in model.named_modules():
-        if hasattr(module, "num_bits") and not isinstance(module, nn.Sequential):
-            yield name, module
-
-
-def _has_static_scale(quantizer: Any) -> bool:
-    return bool(
-        quantizer.is_enabled
-        and not getattr(quantizer, "_dynamic", False)
-        and not getattr(quantizer, "_use_constant_amax", False)
-        and not getattr(quantizer, "is_mx_format", False)
-    )
-
-
-def _fault(values: Tensor, *, zero_allowed: bool) -> str | None:
-    for fault, found in (
-        ("NaN", values.isnan()),
-        ("infinite", values.isinf()),
-        ("negative", values < 0),
-        ("zero", values == 0),
-    ):
-        if bool(found.any()) and not (fault == "zero" and zero_allowed):
-            return f"{fault} in {int(found.sum())} of {values.numel()} places"
-    return None
 
 
 def _mend(

@@ -22,17 +22,13 @@ from slimtron_common.checkpoint.weights import (
     gather_shards,
     stage_tensors,
 )
-from slimtron_common.checkpoint.writer import (
-    collective_directory,
-    copy_files,
-    write_safetensors,
-)
+from slimtron_common.checkpoint.writer import copy_files, write_safetensors
 from slimtron_common.errors import VerificationError
 from slimtron_common.models import Architecture
 from slimtron_common.models.huggingface import config_from_architecture
 from slimtron_common.models.mapping import Layout, model_parameters
 from slimtron_common.parallel import ParallelContext
-from slimtron_quant.export.folding import fold_input_factors, input_factor
+from slimtron_quant.export.folding import input_factor
 from slimtron_quant.export.kv_cache import kv_cache_scales
 from slimtron_quant.formats import Calibration, Format, format_named
 from slimtron_quant.formats.codes import block_amax
@@ -40,44 +36,13 @@ from slimtron_quant.formats.detect import LayerFormat, detect_format, quantizer_
 from slimtron_quant.formats.hf_quant_config import config_json_quantization, hf_quant_config
 from slimtron_quant.formats.kv_cache import kv_cache_format
 
-__all__ = ["QUANT_CONFIG_NAME", "export_huggingface", "write_huggingface"]
+__all__ = ["QUANT_CONFIG_NAME", "write_huggingface"]
 
 QUANT_CONFIG_NAME = "hf_quant_config.json"
 
 _OFF_BY_A_STEP = 0.01
 """Share of the weights that may be a step off in formats with two levels of scales: kernels
 divide approximately, and a number half-way between two codes goes either way."""
-
-
-def export_huggingface(
-    path: Path,
-    model: nn.Module,
-    architecture: Architecture,
-    context: ParallelContext,
-    *,
-    dtype: torch.dtype,
-    companions: Sequence[Path] = (),
-    overwrite: bool = False,
-) -> None:
-    """Writes the directory whole or not at all; every process calls it.
-
-    Args:
-        path: The directory to create, on storage that all processes share.
-        model: The bare Megatron-Core model with calibrated quantizers.
-        architecture: What it is.
-        context: This process's place.
-        dtype: Type of what stays unquantized.
-        companions: Tokenizer files to copy along.
-        overwrite: Whether an existing directory is replaced.
-
-    Raises:
-        CheckpointError: The directory exists or cannot be written.
-        UnsupportedModelError: A layer's quantizers have no format on disk.
-    """
-    with collective_directory(path, context, overwrite=overwrite) as directory:
-        write_huggingface(
-            directory, model, architecture, context, dtype=dtype, companions=companions
-        )
 
 
 def write_huggingface(
@@ -89,11 +54,19 @@ def write_huggingface(
     dtype: torch.dtype,
     companions: Sequence[Path] = (),
 ) -> None:
-    """Writes into an existing directory; otherwise as ``export_huggingface``.
+    """Fills an existing directory; every process calls it.
 
-    Factors that can be are folded into the norms of ``model`` first.
+    Args:
+        directory: On storage that all processes share.
+        model: The bare Megatron-Core model with calibrated quantizers, prepared for the export.
+        architecture: What it is.
+        context: This process's place.
+        dtype: Type of what stays unquantized.
+        companions: Tokenizer files to copy along.
+
+    Raises:
+        UnsupportedModelError: A layer's quantizers have no format on disk.
     """
-    fold_input_factors(model, architecture, dtype=dtype)
     layers, kv_cache = _quantized_layers(model, architecture, context), kv_cache_format(model)
     write_safetensors(
         directory, _packed_tensors(model, architecture, context, dtype=dtype), context

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from slimtron_quant.formats.base import take
 from slimtron_quant.formats.kv_cache import attentions, kv_cache_format_announced
 
 __all__ = ["ExportedModel"]
+
+_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class ExportedModel:
@@ -59,6 +62,11 @@ class ExportedModel:
         self.tensors = SafetensorsDirectory(path)
         self._check_announcements(announced)
         self._check_tensors()
+        self._claims = {
+            target: group["weights"]["num_bits"]
+            for group in announced.get("config_groups", {}).values()
+            for target in group["targets"]
+        }
 
     @cached_property
     def formats(self) -> dict[str, Format]:
@@ -73,6 +81,11 @@ class ExportedModel:
             if settings and module not in excluded:
                 found[module] = self._format(settings)
         return found
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the safetensors files."""
+        return self.tensors.weight_bytes
 
     @property
     def bits_per_weight(self) -> float:
@@ -104,18 +117,36 @@ class ExportedModel:
             return self.tensors.read(name)
         return fmt.unpack(self._packed(module), dtype=torch.float32, shape=self._shapes[name])
 
+    def describe(self) -> str:
+        """Returns in a line how many modules are stored in which format."""
+        formats = Counter(fmt.name for fmt in self.formats.values())
+        counts = ", ".join(f"{count} modules {name}" for name, count in formats.items())
+        return counts or "all weights as they were"
+
     def check_values(self) -> None:
         """Reads and decodes every tensor.
 
         Raises:
-            CheckpointError: One has another type or shape than its layout says, a scale is not
-                a positive number, or a value is not finite.
+            CheckpointError: One has another type or shape than its layout says or is no part of
+                it, a scale is not a positive number of a likely size, a value is not finite, or
+                weights take another number of bits than ``config.json`` claims.
         """
+        for module, fmt in self.formats.items():
+            tensors = _Remembering(self._packed(module))
+            fmt.unpack(tensors, dtype=torch.float32, shape=self._shapes[f"{module}.weight"])
+            unread = tensors.keys() - tensors.read
+            if unread := {name for name in unread if f"{module}.{name}" not in self._shapes}:
+                raise CheckpointError(
+                    f"a tensor has no place in the format {fmt.name}",
+                    where=self.path,
+                    found=f"{module}.{min(unread)}",
+                )
         for name in self._shapes:
             if not bool(self.read(name).isfinite().all()):
                 raise CheckpointError("a weight is not finite", where=self.path, found=name)
         for layer in range(self.architecture.num_layers if self.kv_cache else 0):
             self.kv_scales(layer)
+        self._check_bits()
 
     def kv_scales(self, layer: int) -> tuple[Tensor, Tensor]:
         """Returns the scales of a layer's keys and values in a quantized KV cache.
@@ -247,6 +278,45 @@ class ExportedModel:
                 where=self.path,
                 found=f"missing {missing[:3]}, unexpected {unknown[:3]}",
             )
+        for name, shape in self._shapes.items():
+            is_packed = name.removesuffix(".weight") in self.formats
+            stored = self.tensors.headers[name]
+            if not is_packed and stored != (_TYPES.get(self.dtype), shape):
+                raise CheckpointError(
+                    "a tensor that is not quantized is not as the config says",
+                    where=self.path,
+                    found=f"{name}: {stored[0]} {stored[1]}",
+                    allowed=f"{_TYPES.get(self.dtype)} {shape}",
+                )
+
+    def _check_bits(self) -> None:
+        for module in self.formats:
+            name = f"{module}.weight"
+            found = _bits(*self.tensors.headers[name]) / torch.Size(self._shapes[name]).numel()
+            claimed = self._claims.get(module, self._claims.get("Linear", found))
+            if found != claimed:
+                raise CheckpointError(
+                    "the weights take another number of bits than the config claims",
+                    where=self.path,
+                    found=f"{name}: {found:g} bits for a weight",
+                    allowed=f"{claimed:g}",
+                )
+
+
+class _Remembering(dict[str, Tensor]):
+    """Remembers which of a layer's tensors its format asked for."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.read: set[str] = set()
+
+    def __getitem__(self, suffix: str) -> Tensor:
+        self.read.add(suffix)
+        return super().__getitem__(suffix)
+
+    def get(self, suffix: str, default: Any = None) -> Any:
+        self.read.add(suffix)
+        return super().get(suffix, default)
 
 
 class _InputHook:

@@ -29,6 +29,10 @@ __all__ = [
 VANISHING_AMAX = 2.0**-24
 """ModelOpt quantizes everything whose amax is no larger than this to zero."""
 
+_LIKELY_SCALES = (2.0**-40, 2.0**20)
+"""Between the scale of ``SMALLEST_AMAX`` in the format with the most codes and that of activations
+which no half type holds."""
+
 SMALLEST_AMAX = 2.0**-23
 """The smallest amax worth having: a power of two, so exact in every float type, and far
 enough above zero that no format's scale is subnormal in float32."""
@@ -307,8 +311,19 @@ def take(
             found="nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}",
             allowed=f"{dtype} {tuple(shape)}",
         )
-    if "scale" in suffix and not bool(_is_positive(tensor).all()):
-        raise CheckpointError("a scale is not a positive number everywhere", where=suffix)
+    if "scale" in suffix:
+        if not bool(_is_positive(tensor).all()):
+            raise CheckpointError("a scale is not a positive number everywhere", where=suffix)
+        smallest, largest = (float(x) for x in tensor.float().aminmax())
+        low, high = _LIKELY_SCALES
+        # E8M0 is a power of two by itself.
+        if tensor.dtype != torch.uint8 and not low <= smallest <= largest <= high:
+            raise CheckpointError(
+                "a scale is out of all proportion",
+                where=suffix,
+                found=f"{smallest:.3g} to {largest:.3g}",
+                allowed=f"{low:.3g} to {high:.3g}",
+            )
     return tensor
 
 

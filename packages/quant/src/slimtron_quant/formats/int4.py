@@ -85,7 +85,9 @@ class Int4(Format):
         take_input_factor(tensors, in_dim)
         # Bit 3 is worth -8 in two's complement.
         codes = (unpack_pairs(packed, 0) ^ 8).float() - 8
-        return (to_blocks(codes, in_dim // blocks) * scale[..., None]).flatten(1).to(dtype).float()
+        # Divided as ModelOpt does: what is rounded afterwards depends on the last bit.
+        factor = scale.reciprocal()[..., None]
+        return (to_blocks(codes, in_dim // blocks) / factor).flatten(1).to(dtype).float()
 
     def settings(
         self, block_size: int | None = None, *, has_input_factors: bool = False

@@ -54,11 +54,12 @@ class Int8(Format):
         scale = take(tensors, "weight_scale", torch.float32, shape[:1])
         take(tensors, "input_scale", torch.float32, ())
         take_input_factor(tensors, shape[1])
-        return (codes.float() * scale[:, None]).to(dtype).float()
+        # Divided as ModelOpt does: the last bit decides how later inputs round.
+        return (codes.float() / scale.reciprocal()[:, None]).to(dtype).float()
 
     def quantize_activation(self, x: Tensor, input_scale: Tensor | None) -> Tensor:
-        scale = needed_scale(input_scale, self.name)
-        return (_round(x.float() * scale.reciprocal()).float() * scale).to(x.dtype)
+        factor = needed_scale(input_scale, self.name).reciprocal()
+        return (_round(x.float() * factor).float() / factor).to(x.dtype)
 
     def scheme(self, block_size: int | None = None) -> dict[str, Any]:
         return {

@@ -12,6 +12,7 @@ from slimtron_common.manifest import environment_versions
 from slimtron_common.report import Column, Comparison, Metric, Number, Plot, Table
 from slimtron_quant.calibration.experts import ExpertTokens
 from slimtron_quant.config import QuantizationConfig
+from slimtron_quant.export.kinds import Export
 from slimtron_quant.export.reader import ExportedModel
 from slimtron_quant.job.choice import choice_facts, choice_table, sensitivity_plots, with_reasons
 from slimtron_quant.job.coverage import coverage
@@ -41,7 +42,7 @@ def compare(
     layers: Sequence[LayerSummary],
     mended: Sequence[Mapping[str, Any]],
     experts: Sequence[ExpertTokens],
-    exported: ExportedModel,
+    exported: Export,
     assignment: Assignment | None = None,
 ) -> Comparison:
     """Puts original, quantized and reloaded model side by side.
@@ -70,7 +71,7 @@ def compare(
     memory = _column("in memory", evaluations["quantized"])
     reloaded = _column("exported", evaluations["exported"])
     reloaded.metrics.update(
-        weight_bytes=exported.tensors.weight_bytes,
+        weight_bytes=exported.weight_bytes,
         bits_per_weight=exported.bits_per_weight,
         bits_per_quantized_weight=covered.bits_per_quantized_weight,
         kl_memory=evaluations["exported"].distances["memory"].kl,
@@ -183,8 +184,8 @@ def _plots(layers: Sequence[LayerSummary]) -> list[Plot]:
     return plots
 
 
-def _kv_scales(exported: ExportedModel) -> list[Table]:
-    if exported.kv_cache is None:
+def _kv_scales(exported: Export) -> list[Table]:
+    if not isinstance(exported, ExportedModel) or exported.kv_cache is None:
         return []
     return [
         Table(

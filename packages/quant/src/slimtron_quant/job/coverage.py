@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from slimtron_common.models import Architecture
 from slimtron_common.models.mapping import model_parameters
 from slimtron_common.report import Cell, Table
-from slimtron_quant.export.reader import ExportedModel
+from slimtron_quant.export.kinds import Export
 from slimtron_quant.summary import LayerSummary
 
 __all__ = ["Coverage", "CoveredModule", "coverage"]
@@ -86,7 +86,7 @@ class Coverage:
 
 
 def coverage(
-    architecture: Architecture, layers: Sequence[LayerSummary], exported: ExportedModel
+    architecture: Architecture, layers: Sequence[LayerSummary], exported: Export
 ) -> Coverage:
     """Joins what was done with what was written.
 

@@ -30,7 +30,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         ("recipe", plan.method),
         *_choice(plan),
         ("KV cache", plan.kv_cache),
-        ("output", str(plan.config.output)),
+        ("output", f"{plan.config.export.export_format}:{plan.config.output}"),
         ("evaluation text", _sequences(plan.evaluation)),
         (
             "calibration text",

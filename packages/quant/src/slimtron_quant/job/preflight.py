@@ -152,6 +152,13 @@ def preflight(
     world_size = world_size or world_size_from_environment()
     check_world_size(config.parallel, world_size)
     checkpoint = open_checkpoint(config.model, trust_remote_code=config.trust_remote_code)
+    if checkpoint.is_quantized:
+        raise ConfigError(
+            "the model is quantized already, and quantizing it again would lose its scales",
+            where="model",
+            found=config.model,
+            hint="`slimtron-quant export` writes it as a Hugging Face directory",
+        )
     architecture, parallel = checkpoint.architecture, config.parallel
     architecture.check_parallel(
         tensor_parallel_size=parallel.tensor_parallel_size,
@@ -173,6 +180,14 @@ def preflight(
         schemes = list(candidates.schemes.values())
     else:
         schemes = [_scheme(config, architecture, device)]
+    if config.export.export_format == "megatron" and schemes[0].kv_cache is not None:
+        raise ConfigError(
+            "the quantizers of a KV cache are not written to Megatron checkpoints",
+            where="export.export_format",
+            found="megatron",
+            allowed="hf with a quantized KV cache",
+            hint="--kv-cache none for training on; quantize the cache of what was trained",
+        )
     _check_lengths(config, architecture.max_position_embeddings)
     dtype = checkpoint.compute_dtype(config.dtype, device)
     estimate = _estimate(config, checkpoint, schemes, candidates, dtype)

@@ -22,9 +22,8 @@ from slimtron_common.workdir import WorkDir
 from slimtron_quant.calibration.experts import ExpertTokens
 from slimtron_quant.calibration.maxima import ForwardLoop
 from slimtron_quant.calibration.state import save_calibration
-from slimtron_quant.export.folding import fold_input_factors
-from slimtron_quant.export.huggingface import write_huggingface
-from slimtron_quant.export.reader import ExportedModel
+from slimtron_quant.export.kinds import Export, open_export, write_export
+from slimtron_quant.export.prepare import prepare_for_export
 from slimtron_quant.export.verify import check_agreement
 from slimtron_quant.job.comparison import compare
 from slimtron_quant.job.mixed import Assignment
@@ -146,14 +145,16 @@ class _Job:
         architecture = self.plan.checkpoint.architecture
         dtype = getattr(torch, self.config.export.torch_dtype)
         # What is measured in memory is what will be written.
-        fold_input_factors(model, architecture, dtype=dtype)
+        kind = self.config.export.export_format
+        prepare_for_export(model, architecture, dtype=dtype, packs=kind == "hf")
         if not self.work.has("quantized"):
             with stage("quantized: evaluate"), self.work.stage("quantized") as output:
                 references = {"original": self.work.directory("original")}
                 evaluation = self._evaluate(model, references, record=output.directory)
                 output.result = evaluation.to_dict()
         with stage("export"), self.work.stage("export") as output:
-            write_huggingface(
+            write_export(
+                kind,
                 output.directory,
                 model,
                 architecture,
@@ -164,13 +165,12 @@ class _Job:
         self._release()
 
     def verify(self) -> None:
-        """Stage ``exported``: the files, read back into a model without ModelOpt."""
+        """Stage ``exported``: the files, read back; those for engines without ModelOpt."""
         if self.work.has("exported"):
             return
         self._release()
         with stage("export: reload and evaluate"), self.work.stage("exported") as output:
-            exported = ExportedModel(self.work.directory("export"))
-            model = exported.build(self.context, dtype=self.plan.dtype)
+            model = self._export().build(self.context, dtype=self.plan.dtype)
             references = {
                 "original": self.work.directory("original"),
                 "memory": self.work.directory("quantized"),
@@ -195,7 +195,7 @@ class _Job:
             layers=[LayerSummary(**layer) for layer in calibration["layers"]],
             mended=calibration["mended"],
             experts=[ExpertTokens.from_dict(layer) for layer in calibration["experts"]],
-            exported=ExportedModel(self.work.directory("export")),
+            exported=self._export(),
             assignment=self._assignment,
         )
 
@@ -231,6 +231,9 @@ class _Job:
     def _fresh(self) -> nn.Module:
         self._release()
         return self._original()
+
+    def _export(self) -> Export:
+        return open_export(self.work.directory("export"), layer_spec=self.config.layer_spec)
 
     def _release(self) -> None:
         self._model = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 from slimtron_common.checkpoint import open_checkpoint
@@ -15,7 +14,7 @@ from slimtron_common.manifest import MANIFEST_NAME, verify_manifest
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import initialize_parallel
 from slimtron_common.report import Column, Comparison, Number
-from slimtron_quant.export.reader import ExportedModel
+from slimtron_quant.export.kinds import open_export
 from slimtron_quant.formats.kv_cache import describe_kv_cache
 
 __all__ = ["verify_directory"]
@@ -41,7 +40,7 @@ def verify_directory(
     """
     if (directory / MANIFEST_NAME).is_file():
         verify_manifest(directory)
-    exported = ExportedModel(directory)
+    exported = open_export(directory)
     exported.check_values()
     original = None if against is None else open_checkpoint(against, where="--against")
     data = DataConfig(source=source, num_tokens=num_tokens, seq_length=seq_length)
@@ -67,16 +66,12 @@ def verify_directory(
             vocab_size=vocab_size,
             references=references,
         )
-    columns.append(
-        _column("exported", found, exported.tensors.weight_bytes, exported.bits_per_weight)
-    )
-    formats = Counter(fmt.name for fmt in exported.formats.values())
+    columns.append(_column("exported", found, exported.weight_bytes, exported.bits_per_weight))
     return Comparison(
         title=f"{directory.name}, reloaded",
         columns=tuple(columns),
         facts={
-            "Formats": ", ".join(f"{count} modules {name}" for name, count in formats.items())
-            or "all weights as they were",
+            "Formats": exported.describe(),
             "KV cache": describe_kv_cache(
                 exported.kv_cache, exported.architecture, exported.dtype.itemsize
             ),

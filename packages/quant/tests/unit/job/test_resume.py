@@ -112,7 +112,7 @@ def _unfinished(arguments: Arguments, tmp_path: Path, monkeypatch: pytest.Monkey
 
     command = arguments("run")
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write_huggingface", fail)
+        patch.setattr(run, "write_export", fail)
         assert main(command) == 130
     assert (tmp_path / "out.work" / "calibration").is_dir()
     assert not (tmp_path / "out").exists()
