@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slimtron_common.evaluation import Evaluation
-from slimtron_common.evaluation.gate import QualityGate
 from slimtron_common.manifest import environment_versions
 from slimtron_common.report import Column, Comparison, Metric, Number, Plot, Table
 from slimtron_quant.export.reader import ExportedModel
@@ -63,6 +62,7 @@ def compare(
         bits_per_quantized_weight=covered.bits_per_quantized_weight,
         kl_memory=evaluations["exported"].distances["memory"].kl,
     )
+    verdict = config.gate.verdict(original.metrics, reloaded.metrics)
     return Comparison(
         title=f"{checkpoint.path.name} quantized to {plan.recipe.name}",
         columns=(original, memory, reloaded),
@@ -80,7 +80,7 @@ def compare(
             "Calibrated on": "no text needed"
             if plan.calibration is None
             else _text(config.quantization.calibration_source, plan.calibration),
-            **_gate(config.gate, original, reloaded),
+            **({"Quality gate": verdict} if verdict else {}),
             "Computed in": f"{plan.dtype} on {plan.device}".replace("torch.", ""),
             "Layout": f"tensor {config.parallel.tensor_parallel_size}, pipeline "
             f"{config.parallel.pipeline_parallel_size}, {plan.world_size} process(es)",
@@ -89,13 +89,6 @@ def compare(
         },
         metrics=_METRICS,
     )
-
-
-def _gate(gate: QualityGate, original: Column, delivered: Column) -> dict[str, str]:
-    if gate == QualityGate():
-        return {}
-    missed = gate.misses(original.metrics, delivered.metrics)
-    return {"Quality gate": "missed: " + "; ".join(missed) if missed else "passed"}
 
 
 def _column(name: str, evaluation: Evaluation) -> Column:
