@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,6 +46,9 @@ class Cut:
     axes: tuple[Axis | None, ...]
     """What runs along each dimension; None for what is never cut."""
 
+    factor: float
+    """What is left is multiplied by this: 1, but for norms over fewer channels."""
+
 
 class Cutter:
     """Turns tensors of the source of a selection into those of its target.
@@ -80,7 +84,10 @@ class Cutter:
             kept = None if axis is None else self.selection.indices(axis, cut.layer, cut.expert)
             if kept is not None and len(kept) < tensor.shape[dim]:
                 tensor = tensor.index_select(dim, kept.to(tensor.device))
-        return tensor
+        if cut.factor == 1:
+            return tensor
+        stored_less = 1 if self.selection.source.normalization.endswith("1p") else 0
+        return ((tensor.float() + stored_less) * cut.factor - stored_less).to(tensor.dtype)
 
 
 def _cuts(selection: Selection) -> Iterator[Cut]:
@@ -92,6 +99,7 @@ def _cuts(selection: Selection) -> Iterator[Cut]:
     probe = replace(source, num_layers=1, **_PROBE)
     shapes = {(rule.names, rule.expert): rule.hf_shapes for _, rule in model_parameters(probe)}
     rules = {(layer, rule.names, rule.expert): rule for layer, rule in model_parameters(source)}
+    norms: Counter[int | None] = Counter()
     for new_layer, rule in model_parameters(target):
         layer = None if new_layer is None else selection.layers[new_layer]
         expert = rule.expert
@@ -101,4 +109,10 @@ def _cuts(selection: Selection) -> Iterator[Cut]:
         for name, of, shape in zip(
             rule.hf_names, old.hf_names, shapes[rule.names, expert], strict=True
         ):
-            yield Cut(name, of, layer, expert, tuple(axes.get(size) for size in shape))
+            along = tuple(axes.get(size) for size in shape)
+            factor = 1.0
+            if along == ("hidden",):
+                # Only a norm has a weight for each hidden channel.
+                factor = selection.norm_factor(layer, norms[layer])
+                norms[layer] += 1
+            yield Cut(name, of, layer, expert, along, factor)

@@ -42,6 +42,11 @@ class Selection:
     experts: Tensor | None = None
     """``[layers, experts]``."""
 
+    norm_factors: Tensor | None = None
+    """What the weights of the layers' two norms are multiplied by, ``[layers, 2]``."""
+
+    final_norm_factor: float = 1.0
+
     def indices(self, axis: Axis, layer: int | None, expert: int | None) -> Tensor | None:
         """Returns what is kept along a dimension of a tensor; None for everything.
 
@@ -67,6 +72,17 @@ class Selection:
             kept = (kept.unsqueeze(-1) * self.source.head_dim + channels).reshape(-1)
         return kept
 
+    def norm_factor(self, layer: int | None, number: int) -> float:
+        """Returns what a norm's weight is multiplied by.
+
+        Args:
+            layer: The source's layer that the norm lies in; None for the final one.
+            number: Which of the layer's norms it is.
+        """
+        if layer is None:
+            return self.final_norm_factor
+        return 1.0 if self.norm_factors is None else float(self.norm_factors[layer, number])
+
     def expert(self, layer: int | None, number: int) -> int:
         """Returns the source's expert that becomes the target's expert ``number``."""
         return number if self.experts is None else int(self.experts[layer, number])
@@ -89,19 +105,26 @@ def select(
         experts = _highest(scores.experts, target.moe.num_experts)
     if layers is None:
         layers = _highest(scores.layers, target.num_layers).tolist()
+    hidden, norm_factors, final_norm_factor = None, None, 1.0
+    if target.hidden_size < source.hidden_size:
+        hidden = _highest(scores.hidden, target.hidden_size)
+        # A layer norm's variance is about its mean, which the channels that go change, too.
+        if source.normalization != "layernorm1p":
+            norm_factors, final_norm_factor = scores.norm_factors(hidden)
+    ffn = None
+    if target.ffn_hidden_size < source.ffn_hidden_size:
+        ffn = _highest(scores.ffn, target.ffn_hidden_size)
     return Selection(
         source=source,
         target=target,
         layers=tuple(layers),
-        hidden=_highest(scores.hidden, target.hidden_size)
-        if target.hidden_size < source.hidden_size
-        else None,
-        ffn=_highest(scores.ffn, target.ffn_hidden_size)
-        if target.ffn_hidden_size < source.ffn_hidden_size
-        else None,
+        hidden=hidden,
+        ffn=ffn,
         heads=heads,
         groups=groups,
         experts=experts,
+        norm_factors=norm_factors,
+        final_norm_factor=final_norm_factor,
     )
 
 
@@ -121,7 +144,7 @@ def _select_heads(target: Architecture, scores: Scores) -> tuple[Tensor | None, 
     kept_per_group = target.num_attention_heads // target.num_query_groups
     grouped = scores.heads.reshape(source.num_layers, source.num_query_groups, per_group)
     best = grouped.topk(kept_per_group, dim=-1).values
-    groups = _highest(best.square().sum(-1), target.num_query_groups)
+    groups = _highest(best.sum(-1), target.num_query_groups)
     within = _highest(grouped, kept_per_group)
     heads = within + per_group * torch.arange(source.num_query_groups).unsqueeze(-1)
     kept = heads.gather(1, groups.unsqueeze(-1).expand(-1, -1, kept_per_group))

@@ -75,10 +75,17 @@ def check_against_transformers(
 
 def _transformers_logits(directory: Path, tokens: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, local_files_only=True
-    )
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, local_files_only=True
+        )
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
     with torch.no_grad():
         logits: Tensor = model.eval()(tokens).logits.float()
     return logits

@@ -39,7 +39,7 @@ def check_layout(
     """
     if context_parallel_size > 1:
         raise ParallelismError(
-            "scores are means over whole sequences, which context parallelism cuts",
+            "sequences are not cut over processes while they are scored",
             where="parallel.context_parallel_size",
             found=context_parallel_size,
             allowed=1,
@@ -105,6 +105,9 @@ class _Collector:
         try:
             for layer in model.decoder.layers:
                 handles.extend(self._attach(layer, layer.layer_number - 1))
+            if self.context.is_last_stage:
+                hook = self._whole(self.sums["final_residual"])
+                handles.append(model.decoder.final_layernorm.register_forward_pre_hook(hook))
             yield
         finally:
             for handle in handles:
@@ -113,27 +116,29 @@ class _Collector:
     def _attach(self, layer: Any, number: int) -> Iterator[RemovableHandle]:
         yield layer.register_forward_hook(self._influence(number), with_kwargs=True)
         attention, mlp, sums = layer.self_attention, layer.mlp, self.sums
-        yield attention.linear_qkv.register_forward_pre_hook(self._norm(number, 0))
+        # Transformer Engine fuses norms into what follows, and leaves identities in their place.
+        for which, norm in enumerate((layer.input_layernorm, layer.pre_mlp_layernorm)):
+            yield norm.register_forward_pre_hook(self._whole(sums["residual"][number, which]))
+        after = attention.linear_qkv, mlp if self.architecture.moe else mlp.linear_fc1
+        for which, module in enumerate(after):
+            target = sums["hidden"][number, which]
+            yield module.register_forward_pre_hook(self._whole(target, self._normalized))
         yield attention.linear_proj.register_forward_pre_hook(
-            self._shard(sums["attention"][number], sequence_energy)
+            self._shard(sums["heads"][number], self._head_energy(attention.linear_proj))
         )
         if self.architecture.moe is None:
-            yield mlp.linear_fc1.register_forward_pre_hook(self._norm(number, 1))
-            yield mlp.linear_fc2.register_forward_pre_hook(
-                self._shard(sums["ffn"][number], sequence_energy)
-            )
+            hook = self._shard(sums["ffn"][number], energy)
+            yield mlp.linear_fc2.register_forward_pre_hook(hook)
             return
-        yield mlp.register_forward_pre_hook(self._norm(number, 1))
-        for index, expert in zip(mlp.local_expert_indices, mlp.experts.local_experts, strict=True):
-            yield expert.linear_fc2.register_forward_pre_hook(
-                self._shard(sums["ffn"][number, index], token_magnitude)
-            )
+        experts = zip(mlp.local_expert_indices, mlp.experts.local_experts, strict=True)
+        for index, expert in experts:
+            hook = self._shard(sums["ffn"][number, index], energy)
+            yield expert.linear_fc2.register_forward_pre_hook(hook)
             yield expert.register_forward_hook(self._expert(number, index))
 
     def _influence(self, number: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            # Tensor-parallel processes hold the same tokens, unless the sequence is cut, too.
-            if self.context.tp_rank == 0 or self.context.sequence_parallel:
+            if self._counts_tokens:
                 before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
                 after = output[0] if isinstance(output, tuple) else output
                 similarity = F.cosine_similarity(before.float(), after.float(), dim=-1)
@@ -141,57 +146,72 @@ class _Collector:
 
         return hook
 
-    def _norm(self, number: int, which: int) -> Callable[..., None]:
+    @property
+    def _counts_tokens(self) -> bool:
+        """Whether this process's tokens are not counted by another one.
+
+        Tensor-parallel processes hold the same tokens, unless the sequence is cut, too.
+        """
+        return self.context.tp_rank == 0 or self.context.sequence_parallel
+
+    def _whole(
+        self, target: Tensor, of: Callable[[nn.Module, Tensor], Tensor] | None = None
+    ) -> Callable[..., None]:
+        """Adds the energy of the hidden channels of a module's input, or of what is made of it."""
+
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            magnitude = normalized(module, args[0], self.architecture).abs()
-            magnitude = magnitude.sum(0, dtype=torch.float64)
-            length = args[0].shape[0]
-            if self.context.sequence_parallel:
-                dist.all_reduce(magnitude, group=self.context.tp_group)
-                length *= self.context.tp_size
-            if self.context.tp_rank == 0:
-                self.sums["hidden"][number, which] += (magnitude / length).square().sum(0)
+            if self._counts_tokens:
+                target.add_(energy(args[0] if of is None else of(module, args[0])))
 
         return hook
 
     def _shard(self, target: Tensor, measure: Callable[[Tensor], Tensor]) -> Callable[..., None]:
+        """Adds a measure of this process's part of what a module is given."""
+
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            width = args[0].shape[-1]
-            start = self.context.tp_rank * width
-            target[start : start + width] += measure(args[0])
+            measured = measure(args[0])
+            start = self.context.tp_rank * len(measured)
+            target[start : start + len(measured)] += measured
 
         return hook
+
+    def _head_energy(self, projection: Any) -> Callable[[Tensor], Tensor]:
+        """Makes a measure of what each head adds to the residual stream.
+
+        The energy of ``W x`` is ``x' (W'W) x``, with a small matrix for each head.
+        """
+        weight = projection.weight.float()
+        by_head = weight.reshape(weight.shape[0], -1, self.architecture.head_dim)
+        products = torch.einsum("ohd,ohe->hde", by_head, by_head)
+
+        def measure(x: Tensor) -> Tensor:
+            x = x.float().reshape(-1, *products.shape[:2])
+            return torch.einsum("thd,hde,the->h", x, products, x).double()
+
+        return measure
 
     def _expert(self, number: int, index: int) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: tuple[Tensor, Any]) -> None:
-            norms = torch.linalg.vector_norm(output[0].float(), dim=-1)
-            self.sums["experts"][number, index] += norms.sum(dtype=torch.float64)
+            self.sums["experts"][number, index] += energy(output[0]).sum()
 
         return hook
 
+    def _normalized(self, module: nn.Module, hidden: Tensor) -> Tensor:
+        return normalized(module, hidden, self.architecture)
 
-def sequence_energy(activations: Tensor) -> Tensor:
-    """Sums over sequences the squared mean magnitude of each channel.
+
+def energy(activations: Tensor) -> Tensor:
+    """Sums the squares of each channel over tokens.
 
     Args:
-        activations: ``[s, b, c]``, whole sequences.
+        activations: ``[..., c]``.
 
     Returns:
         ``[c]``, float64.
     """
-    return activations.abs().mean(0, dtype=torch.float64).square().sum(0)
-
-
-def token_magnitude(activations: Tensor) -> Tensor:
-    """Sums the magnitude of each channel over tokens, which experts get out of sequence.
-
-    Args:
-        activations: ``[tokens, c]``.
-
-    Returns:
-        ``[c]``, float64.
-    """
-    return activations.abs().sum(0, dtype=torch.float64)
+    return (
+        activations.float().square().reshape(-1, activations.shape[-1]).sum(0, dtype=torch.float64)
+    )
 
 
 def normalized(module: nn.Module, hidden: Tensor, architecture: Architecture) -> Tensor:

@@ -27,11 +27,13 @@ MODEL_NAME = "scores.json"
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Sums over a text, from which the importance of each part of a model follows.
+    """Sums over the tokens of a text, from which the importance of each part of a model follows.
 
-    The measures are those of Minitron (Muralidharan et al. 2024, arXiv:2407.14679): of channels,
-    the mean of the absolute activations over a sequence and their L2 norm over sequences; of
-    heads, the norm over their channels; of layers, block influence.
+    As in Minitron (Muralidharan et al. 2024, arXiv:2407.14679) activations tell what is important,
+    and layers go by block influence. Where Minitron takes the norm of mean magnitudes, these are
+    energies: channels by their squares, heads and experts by the squares of what they add to the
+    residual stream. Smaller models keep more of their quality so, and sums over tokens are the
+    same however the text is cut into sequences.
     """
 
     architecture: Architecture
@@ -53,25 +55,41 @@ class Scores:
 
     @property
     def hidden(self) -> Tensor:
-        """Of the residual stream's channels ``[h]``: summed over the outputs of all norms."""
-        return self.sums["hidden"].sqrt().sum((0, 1))
+        """Of the residual stream's channels ``[h]``: their energy after all norms."""
+        return self.sums["hidden"].sum((0, 1))
 
     @property
     def ffn(self) -> Tensor:
         """Of the feed-forward channels ``[layers, f]``, or ``[layers, experts, f]``."""
-        return self.sums["ffn"] if self.architecture.moe else self.sums["ffn"].sqrt()
+        return self.sums["ffn"]
 
     @property
     def heads(self) -> Tensor:
-        """Of the query heads ``[layers, heads]``."""
-        a = self.architecture
-        channels = self.sums["attention"].reshape(a.num_layers, a.num_attention_heads, a.head_dim)
-        return channels.sum(-1).sqrt()
+        """Of the query heads ``[layers, heads]``: the energy that each adds."""
+        return self.sums["heads"]
 
     @property
     def experts(self) -> Tensor:
-        """Of the experts ``[layers, experts]``: the norms of what each adds to a token."""
+        """Of the experts ``[layers, experts]``: the energy that each adds."""
         return self.sums["experts"]
+
+    def norm_factors(self, kept: Tensor) -> tuple[Tensor, float]:
+        """How much smaller root-mean-square norms become when only some channels are left.
+
+        The channels that are kept are the stronger ones: the norm divides by more than it did.
+        The norm's weight times this factor makes up for it.
+
+        Args:
+            kept: The hidden channels that are left, ``[h]``.
+
+        Returns:
+            Of the layers' norms ``[layers, 2]``, and of the final one.
+        """
+
+        def factor(energies: Tensor) -> Tensor:
+            return (energies[..., kept].mean(-1) / energies.mean(-1)).sqrt()
+
+        return factor(self.sums["residual"]), float(factor(self.sums["final_residual"]))
 
     @property
     def layers(self) -> Tensor:
@@ -85,9 +103,11 @@ def score_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "num_tokens": (),
         "layers": (a.num_layers,),
-        # At the outputs of a layer's two norms.
+        # After a layer's two norms, and before them.
         "hidden": (a.num_layers, 2, a.hidden_size),
-        "attention": (a.num_layers, a.query_size),
+        "residual": (a.num_layers, 2, a.hidden_size),
+        "final_residual": (a.hidden_size,),
+        "heads": (a.num_layers, a.num_attention_heads),
     }
     if a.moe is None:
         return {**shapes, "ffn": (a.num_layers, a.ffn_hidden_size)}

@@ -89,18 +89,14 @@ def search(space: Space, scores: Scores, measure: Measure, num_candidates: int) 
 
 
 def lost_importance(part: str, shape: Architecture, scores: Scores) -> float:
-    """Share of a part's importance that a shape cuts away, from 0 to 1.
-
-    Layers and experts count by their score, channels and heads by its square: the scores are
-    norms.
-    """
+    """Share of a part's importance that a shape cuts away, from 0 to 1."""
     selection = select(shape, scores)
     if part == "layers":
         return 1 - _share(scores.layers, scores.layers[list(selection.layers)])
     of = {
-        "hidden": (scores.hidden.square(), selection.hidden),
-        "ffn": (scores.ffn.square(), selection.ffn),
-        "heads": (scores.heads.square(), selection.heads),
+        "hidden": (scores.hidden, selection.hidden),
+        "ffn": (scores.ffn, selection.ffn),
+        "heads": (scores.heads, selection.heads),
     }
     if scores.architecture.moe:
         of["experts"] = (scores.experts, selection.experts)

@@ -1,0 +1,40 @@
+"""One tiny model for all tests, and the command called in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from slimtron_common.testing import ranks, write_tiny_model
+from slimtron_common.testing.demo import demo_model_for_tests
+
+ranks.PRELOADED += ["slimtron_prune.job.run", "slimtron_prune.pruner"]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of four layers with a tokenizer; do not change it."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", tie_word_embeddings=True)
+
+
+@pytest.fixture
+def arguments(tiny_model: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Arguments of a short job of ``run`` or ``plan``; later ones win."""
+
+    def build(command: str = "run", *more: str, out: Path = tmp_path / "out") -> list[str]:
+        return [
+            *(command, "--model", f"hf:{tiny_model}", "--out", str(out), "--data", "pydoc"),
+            *("--score-tokens", "128", "--score-seq-len", "32", "--score-batch-size", "2"),
+            *("--eval-tokens", "192", "--eval-seq-len", "32", "--eval-batch-size", "2"),
+            *("--device", "cpu", *more),
+        ]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct, real weights; do not change it."""
+    return demo_model_for_tests(tmp_path_factory)
