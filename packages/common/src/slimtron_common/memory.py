@@ -30,7 +30,8 @@ def shard_parameters(checkpoint: Checkpoint, parallel: ParallelConfig) -> float:
     architecture = checkpoint.architecture
     embedding = architecture.vocab_size * architecture.hidden_size
     # A stage with an embedding is the largest; a tied output layer is a second copy under PP.
-    layers = (checkpoint.num_parameters - embedding) / parallel.pipeline_parallel_size
+    share = architecture.stage_layers(parallel.pipeline_parallel_size)[0] / architecture.num_layers
+    layers = (checkpoint.num_parameters - embedding) * share
     return (layers + embedding) / parallel.tensor_parallel_size
 
 

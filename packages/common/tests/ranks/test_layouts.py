@@ -17,6 +17,8 @@ from slimtron_common.testing import run_ranks, write_tiny_model
 LAYOUTS = [
     ParallelConfig(tensor_parallel_size=2),
     ParallelConfig(pipeline_parallel_size=2),
+    # Two layers, one and one.
+    ParallelConfig(pipeline_parallel_size=3),
     ParallelConfig(tensor_parallel_size=2, sequence_parallel=True),
     ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=2),
     ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=2, sequence_parallel=True),
