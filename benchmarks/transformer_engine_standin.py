@@ -112,6 +112,9 @@ class GroupedLinear(nn.Module):
 class DotProductAttention(nn.Module):
     def __init__(self, num_attention_heads: int, kv_channels: Any, **options: Any) -> None:
         super().__init__()
+        # ModelOpt sets what it prunes.
+        self.num_attention_heads = num_attention_heads
+        self.num_gqa_groups = self.num_gqa_groups_per_partition = options.get("num_gqa_groups")
         self.scale = options.get("softmax_scale")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
