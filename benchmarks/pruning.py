@@ -176,6 +176,7 @@ def _seconds_to_cut(selection: Selection, bench: Bench) -> float:
 def _peer(bench: Bench, target: Architecture) -> float | None:
     """ModelOpt's perplexity; None for what it does not prune: query groups."""
     import modelopt.torch.prune as mtp
+    from modelopt.torch.prune.plugins.mcore_minitron import get_mcore_minitron_config
 
     source = bench.checkpoint.architecture
     if target.num_query_groups != source.num_query_groups:
@@ -190,14 +191,18 @@ def _peer(bench: Bench, target: Architecture) -> float | None:
     with contextlib.redirect_stdout(io.StringIO()):
         mtp.prune(
             model,
-            mode="mcore_minitron",
+            # Every size is allowed that is allowed here.
+            mode=[
+                (
+                    "mcore_minitron",
+                    get_mcore_minitron_config(
+                        hidden_size_divisor=8, ffn_hidden_size_divisor=8, num_layers_divisor=1
+                    ),
+                )
+            ],
             constraints={"export_config": sizes},
             dummy_input=None,
-            config={
-                "forward_loop": lambda m: forward_only(m, bench.scoring, bench.context),
-                # Any width is allowed, as here.
-                "hidden_size_divisor": 8,
-            },
+            config={"forward_loop": lambda m: forward_only(m, bench.scoring, bench.context)},
         )
     return _perplexity(model, bench)
 

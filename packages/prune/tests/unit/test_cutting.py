@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,27 +12,22 @@ import transformers
 from safetensors.torch import load_file
 
 from slimtron_common.checkpoint import open_checkpoint
+from slimtron_common.models import Architecture
 from slimtron_common.models.huggingface import config_from_architecture
 from slimtron_common.testing import write_tiny_model
 from slimtron_prune.cutting import Cutter
-from slimtron_prune.scoring.scores import Scores, score_shapes
+from slimtron_prune.scoring.scores import Scores
 from slimtron_prune.selection import select
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "nemotron", "mixtral", "qwen3_moe"]
 
 
-def random_scores(architecture: Any) -> Scores:
-    generator = torch.Generator().manual_seed(5)
-    return Scores(
-        architecture,
-        {
-            name: torch.rand(shape, generator=generator, dtype=torch.float64)
-            for name, shape in score_shapes(architecture).items()
-        },
-    )
+RandomScores = Callable[[Architecture], Scores]
 
 
-def test_every_tensor_is_the_slice_that_is_meant(tmp_path: Path) -> None:
+def test_every_tensor_is_the_slice_that_is_meant(
+    tmp_path: Path, random_scores: RandomScores
+) -> None:
     write_tiny_model(tmp_path / "m", tokenizer=False, tie_word_embeddings=False)
     source = open_checkpoint(f"hf:{tmp_path / 'm'}").architecture
     before = load_file(tmp_path / "m" / "model.safetensors")
@@ -80,7 +75,9 @@ def test_every_tensor_is_the_slice_that_is_meant(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_has_a_place_for_every_tensor(family: str, tmp_path: Path) -> None:
+def test_transformers_has_a_place_for_every_tensor(
+    family: str, tmp_path: Path, random_scores: RandomScores
+) -> None:
     write_tiny_model(tmp_path / "m", family, tokenizer=False)
     checkpoint = open_checkpoint(f"hf:{tmp_path / 'm'}")
     source = checkpoint.architecture
@@ -104,7 +101,9 @@ def test_transformers_has_a_place_for_every_tensor(family: str, tmp_path: Path) 
     assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in model.parameters())
 
 
-def test_a_norm_that_is_stored_less_one_is_scaled_as_a_whole(tmp_path: Path) -> None:
+def test_a_norm_that_is_stored_less_one_is_scaled_as_a_whole(
+    tmp_path: Path, random_scores: RandomScores
+) -> None:
     write_tiny_model(tmp_path / "m", "gemma", tokenizer=False)
     checkpoint = open_checkpoint(f"hf:{tmp_path / 'm'}")
     target = replace(checkpoint.architecture, hidden_size=32)

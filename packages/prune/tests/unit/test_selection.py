@@ -1,13 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-import torch
 
 from slimtron_common.models import Architecture
 from slimtron_common.models.architecture import MixtureOfExperts
-from slimtron_prune.scoring.scores import Scores, score_shapes
+from slimtron_prune.scoring.scores import Scores
 from slimtron_prune.selection import select, select_layers
 
 SOURCE = Architecture(
@@ -25,23 +25,15 @@ SOURCE = Architecture(
 )
 
 
-def random_scores(source: Architecture = SOURCE) -> Scores:
-    generator = torch.Generator().manual_seed(3)
-    return Scores(
-        source,
-        {
-            name: torch.rand(shape, generator=generator, dtype=torch.float64)
-            for name, shape in score_shapes(source).items()
-        },
-    )
+RandomScores = Callable[[Architecture], Scores]
 
 
 def best(values: list[float], count: int) -> list[int]:
     return sorted(sorted(range(len(values)), key=lambda n: -values[n])[:count])
 
 
-def test_what_scores_highest_is_kept_in_its_order() -> None:
-    scores = random_scores()
+def test_what_scores_highest_is_kept_in_its_order(random_scores: RandomScores) -> None:
+    scores = random_scores(SOURCE)
     target = replace(SOURCE, num_layers=2, hidden_size=8, ffn_hidden_size=16)
     selection = select(target, scores)
     assert list(selection.layers) == best(scores.layers.tolist(), 2)
@@ -52,8 +44,8 @@ def test_what_scores_highest_is_kept_in_its_order() -> None:
     assert selection.heads is None
 
 
-def test_ties_keep_the_first() -> None:
-    scores = random_scores()
+def test_ties_keep_the_first(random_scores: RandomScores) -> None:
+    scores = random_scores(SOURCE)
     scores.sums["ffn"].fill_(1.0)
     selection = select(replace(SOURCE, ffn_hidden_size=8), scores)
     assert selection.ffn is not None
@@ -61,8 +53,10 @@ def test_ties_keep_the_first() -> None:
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(3, 3), (4, 2), (2, 2), (1, 1)])
-def test_query_heads_stay_with_their_groups(heads: int, groups: int) -> None:
-    scores = random_scores()
+def test_query_heads_stay_with_their_groups(
+    heads: int, groups: int, random_scores: RandomScores
+) -> None:
+    scores = random_scores(SOURCE)
     target = replace(SOURCE, num_attention_heads=heads, num_query_groups=groups)
     selection = select(target, scores)
     assert selection.heads is not None
@@ -77,9 +71,9 @@ def test_query_heads_stay_with_their_groups(heads: int, groups: int) -> None:
         assert selection.heads[layer].tolist() == expected
 
 
-def test_indices_of_heads_are_their_channels() -> None:
+def test_indices_of_heads_are_their_channels(random_scores: RandomScores) -> None:
     target = replace(SOURCE, num_attention_heads=2, num_query_groups=2)
-    selection = select(target, random_scores())
+    selection = select(target, random_scores(SOURCE))
     assert selection.heads is not None
     channels = selection.indices("queries", 1, None)
     assert channels is not None
@@ -88,7 +82,7 @@ def test_indices_of_heads_are_their_channels() -> None:
     assert selection.indices("hidden", None, None) is None
 
 
-def test_experts_are_chosen_layer_by_layer() -> None:
+def test_experts_are_chosen_layer_by_layer(random_scores: RandomScores) -> None:
     moe = MixtureOfExperts(num_experts=4, experts_per_token=2)
     source = replace(SOURCE, family="mixtral", moe=moe)
     scores = random_scores(source)
@@ -103,8 +97,8 @@ def test_experts_are_chosen_layer_by_layer() -> None:
     assert channels.tolist() == best(scores.ffn[1, kept].tolist(), 8)
 
 
-def test_norms_make_up_for_the_channels_that_go() -> None:
-    scores = random_scores()
+def test_norms_make_up_for_the_channels_that_go(random_scores: RandomScores) -> None:
+    scores = random_scores(SOURCE)
     selection = select(replace(SOURCE, hidden_size=8), scores)
     assert selection.hidden is not None
     residual = scores.sums["residual"][2, 1]
