@@ -19,6 +19,7 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -30,6 +31,7 @@ if importlib.util.find_spec("transformer_engine") is None:
     transformer_engine_standin.install()
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
@@ -48,7 +50,7 @@ from slimtron_prune.job.candidates import measure_selection
 from slimtron_prune.scoring.collect import collect_scores
 from slimtron_prune.scoring.scores import Scores
 from slimtron_prune.selection import Selection, select
-from slimtron_prune.targets import target_architecture
+from slimtron_prune.targets import WIDTH_MULTIPLE, target_architecture
 
 _TARGETS = {
     "ffn": {"target_ffn_hidden_size": 2 / 3},
@@ -134,7 +136,7 @@ def main() -> None:
 def _measure(name: str, bench: Bench, scores: Scores, num_random: int, *, peer: bool) -> Row:
     source = bench.checkpoint.architecture
     sizes = {
-        field: round(share * getattr(source, field.removeprefix("target_")))
+        field: _share(getattr(source, field.removeprefix("target_")), share, field)
         for field, share in _TARGETS[name].items()
     }
     target = target_architecture(source, PruningConfig(**sizes))
@@ -150,6 +152,11 @@ def _measure(name: str, bench: Bench, scores: Scores, num_random: int, *, peer: 
         peer=_peer(bench, target) if peer else None,
         cut_seconds=_seconds_to_cut(selection, bench),
     )
+
+
+def _share(size: int, share: float, field: str) -> int:
+    step = WIDTH_MULTIPLE if field.endswith("hidden_size") else 1
+    return round(size * share / step) * step
 
 
 def _random_scores(scores: Scores, seed: int) -> Scores:
@@ -188,7 +195,7 @@ def _peer(bench: Bench, target: Architecture) -> float | None:
         if getattr(target, name) != getattr(source, name)
     }
     model = _load(bench, "transformer_engine")
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), _scalars_gathered():
         mtp.prune(
             model,
             # Every size is allowed that is allowed here.
@@ -205,6 +212,21 @@ def _peer(bench: Bench, target: Architecture) -> float | None:
             config={"forward_loop": lambda m: forward_only(m, bench.scoring, bench.context)},
         )
     return _perplexity(model, bench)
+
+
+@contextlib.contextmanager
+def _scalars_gathered() -> Iterator[None]:
+    """Gives gloo a vector of one where ModelOpt gathers a number, which only NCCL takes."""
+    gather = dist.all_gather_into_tensor
+
+    def wrapped(output: torch.Tensor, tensor: torch.Tensor, **options: Any) -> Any:
+        return gather(output, tensor.reshape(-1), **options)
+
+    dist.all_gather_into_tensor = wrapped
+    try:
+        yield
+    finally:
+        dist.all_gather_into_tensor = gather
 
 
 def _load(bench: Bench, layer_spec: Any) -> Any:

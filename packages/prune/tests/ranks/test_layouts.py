@@ -39,6 +39,7 @@ def pruned(path: Path, layout: ParallelConfig, out: Path) -> dict[str, Any]:
     checkpoint = open_checkpoint(f"hf:{path}")
     source = checkpoint.architecture
     found: dict[str, Any] = {}
+    out.mkdir(exist_ok=True)
     with initialize_parallel(layout, device="cpu") as context:
         own = batches(context.dp_rank, context.dp_size)
         for name, config in (
