@@ -111,7 +111,7 @@ class Architecture:
 
     @property
     def pipeline_parallel_sizes(self) -> list[int]:
-        """Numbers of pipeline stages that the layers can be shared out to: each gets one or more."""
+        """Numbers of pipeline stages that the layers can be shared out to, one or more to each."""
         return list(range(1, self.num_layers + 1))
 
     def stage_layers(self, pipeline_parallel_size: int) -> list[int]:
