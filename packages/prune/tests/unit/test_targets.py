@@ -8,6 +8,7 @@ import pytest
 from slimtron_common.errors import ConfigError
 from slimtron_common.models import Architecture
 from slimtron_common.models.architecture import MixtureOfExperts
+from slimtron_common.models.counting import count_parameters
 from slimtron_prune import PruningConfig
 from slimtron_prune.targets import target_architecture
 
@@ -46,6 +47,23 @@ def test_a_mixture_is_pruned_by_its_experts() -> None:
     target = target_architecture(MIXTURE, config)
     assert target.moe == MixtureOfExperts(num_experts=4, experts_per_token=2)
     assert target.ffn_hidden_size == 512
+
+
+@pytest.mark.parametrize(
+    ("config", "removed"),
+    [
+        (PruningConfig(target_ffn_hidden_size=1024), 30 * 3 * 576 * 512),
+        (PruningConfig(target_num_layers=26), 4 * (2 * 576 + 576 * (2 * 576 + 2 * 192 + 3 * 1536))),
+        (PruningConfig(None, None, 6, 2), 30 * 576 * (2 * 3 * 64 + 2 * 64)),
+        # Everything is proportional to the hidden size.
+        (PruningConfig(target_hidden_size=512), 134_515_008 // 9),
+    ],
+)
+def test_parameters_are_counted_exactly(config: PruningConfig, removed: int) -> None:
+    tied = replace(DENSE, tied_embeddings=True)
+    assert sum(count_parameters(tied).values()) == 134_515_008
+    target = target_architecture(tied, config)
+    assert sum(count_parameters(target).values()) == 134_515_008 - removed
 
 
 @pytest.mark.parametrize(
