@@ -81,7 +81,8 @@ def _forward_and_backward(path: Path, layout: ParallelConfig) -> dict[str, objec
             micro_batch_size=tokens.shape[0],
             forward_only=False,
         )
-        if context.pp_size > 1 and checkpoint.architecture.tied_embeddings:
+        has_embedding = context.is_first_stage or context.is_last_stage
+        if context.pp_size > 1 and has_embedding and checkpoint.architecture.tied_embeddings:
             group = parallel_state.get_embedding_group()
             weight = model.shared_embedding_or_output_weight()
             dist.all_reduce(weight.grad, group=group)
