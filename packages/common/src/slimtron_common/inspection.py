@@ -19,19 +19,10 @@ from slimtron_common.checkpoint.base import (
 from slimtron_common.checkpoint.huggingface import HuggingFaceCheckpoint, SafetensorsDirectory
 from slimtron_common.manifest import MANIFEST_NAME, Manifest, read_manifest
 from slimtron_common.models.architecture import Architecture
+from slimtron_common.models.counting import count_parameters
 from slimtron_common.models.huggingface import architecture_from_config
-from slimtron_common.models.mapping import model_parameters
 
 __all__ = ["Inspection", "inspect_checkpoint"]
-
-_COMPONENTS = {
-    "embed_tokens": "embedding",
-    "self_attn": "attention",
-    "experts": "experts",
-    "gate": "router",
-    "mlp": "mlp",
-    "lm_head": "output",
-}
 
 _TYPES = {
     "F32": "float32",
@@ -118,7 +109,7 @@ def inspect_checkpoint(spec: str) -> Inspection:
         kind=kind,
         path=str(path),
         architecture=architecture,
-        parameters=_count_parameters(architecture),
+        parameters=count_parameters(architecture),
         weight_bytes=weight_bytes,
         dtypes=dtypes,
         quantization=quantization,
@@ -128,20 +119,6 @@ def inspect_checkpoint(spec: str) -> Inspection:
         expert_parallel_sizes=architecture.expert_parallel_sizes,
         manifest=read_manifest(path) if (path / MANIFEST_NAME).is_file() else None,
     )
-
-
-def _count_parameters(architecture: Architecture) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-    for _, rule in model_parameters(architecture):
-        for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True):
-            counts[_component(name)] += torch.Size(shape).numel()
-    return dict(counts)
-
-
-def _component(name: str) -> str:
-    if "norm" in name:
-        return "norms"
-    return next(component for part, component in _COMPONENTS.items() if part in name.split("."))
 
 
 def _count_types(tensors: SafetensorsDirectory) -> dict[str, int]:

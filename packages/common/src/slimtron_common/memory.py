@@ -9,13 +9,20 @@ import torch
 
 from slimtron_common.checkpoint import Checkpoint
 from slimtron_common.errors import ParallelismError
+from slimtron_common.models import Architecture
 from slimtron_common.parallel.config import ParallelConfig
 from slimtron_common.parallel.context import (
     local_rank_from_environment,
     local_world_size_from_environment,
 )
 
-__all__ = ["available_memory", "check_memory", "required_memory", "shard_parameters"]
+__all__ = [
+    "activation_bytes",
+    "available_memory",
+    "check_memory",
+    "required_memory",
+    "shard_parameters",
+]
 
 
 def shard_parameters(checkpoint: Checkpoint, parallel: ParallelConfig) -> float:
@@ -26,7 +33,45 @@ def shard_parameters(checkpoint: Checkpoint, parallel: ParallelConfig) -> float:
     experts = architecture.num_expert_parameters
     shared = checkpoint.num_parameters - embedding - experts
     layers = shared + experts / parallel.expert_parallel_size
-    return (layers / parallel.pipeline_parallel_size + embedding) / parallel.tensor_parallel_size
+    share = architecture.stage_layers(parallel.pipeline_parallel_size)[0] / architecture.num_layers
+    return (layers * share + embedding) / parallel.tensor_parallel_size
+
+
+def activation_bytes(
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    shapes: Iterable[tuple[int, int]],
+    itemsize: int,
+    *,
+    experts_per_token: int | None = None,
+) -> int:
+    """Bytes of the largest of what a forward pass makes in one process, logits included.
+
+    Args:
+        architecture: The model.
+        parallel: Its layout.
+        shapes: Micro-batch size and sequence length of every kind of forward pass.
+        itemsize: Bytes of a number that the model computes with.
+        experts_per_token: Experts that a token is sent to; None for the model's own number.
+    """
+    a, tensor = architecture, parallel.tensor_parallel_size
+    routes = (
+        (a.moe.experts_per_token if a.moe else 0)
+        if experts_per_token is None
+        else (experts_per_token)
+    )
+    return round(
+        max(
+            # Logits and their float32 copy, attention scores before and after softmax, and a few
+            # copies of the widest hidden state.
+            b * s * (a.vocab_size / tensor) * (itemsize + 4)
+            + 3 * b * s * s * (a.num_attention_heads / tensor) * 4
+            + 6 * b * s * (a.ffn_hidden_size / tensor) * itemsize
+            # An expert's input, the copies that bring it there, and its output.
+            + 4 * b * s * routes * a.hidden_size * itemsize
+            for b, s in shapes
+        )
+    )
 
 
 def required_memory(parts: Iterable[float]) -> int:

@@ -17,6 +17,8 @@ from slimtron_common.testing import run_ranks, write_tiny_model
 LAYOUTS = [
     ParallelConfig(tensor_parallel_size=2),
     ParallelConfig(pipeline_parallel_size=2),
+    # Two layers, one and one.
+    ParallelConfig(pipeline_parallel_size=3),
     ParallelConfig(tensor_parallel_size=2, sequence_parallel=True),
     ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=2),
     ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=2, sequence_parallel=True),
@@ -79,7 +81,8 @@ def _forward_and_backward(path: Path, layout: ParallelConfig) -> dict[str, objec
             micro_batch_size=tokens.shape[0],
             forward_only=False,
         )
-        if context.pp_size > 1 and checkpoint.architecture.tied_embeddings:
+        has_embedding = context.is_first_stage or context.is_last_stage
+        if context.pp_size > 1 and has_embedding and checkpoint.architecture.tied_embeddings:
             group = parallel_state.get_embedding_group()
             weight = model.shared_embedding_or_output_weight()
             dist.all_reduce(weight.grad, group=group)

@@ -67,7 +67,7 @@ def test_original_checkpoint(tiny: Path) -> None:
     assert found.quantization is None
     assert found.manifest is None
     assert found.tensor_parallel_sizes == [1, 2]
-    assert found.pipeline_parallel_sizes == [1, 2, 4]
+    assert found.pipeline_parallel_sizes == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("kind", ["hf", "megatron"])

@@ -75,7 +75,7 @@ def _print(inspection: Inspection) -> None:
         ("quantized", _quantization(inspection)),
         ("tokenizer", "present" if inspection.tokenizer else "absent"),
         ("tensor-parallel sizes", ", ".join(map(str, inspection.tensor_parallel_sizes))),
-        ("pipeline sizes", ", ".join(map(str, inspection.pipeline_parallel_sizes))),
+        ("pipeline sizes", f"1 to {max(inspection.pipeline_parallel_sizes)}"),
         *(
             [("expert-parallel sizes", ", ".join(map(str, inspection.expert_parallel_sizes)))]
             if a.moe

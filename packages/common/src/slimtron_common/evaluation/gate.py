@@ -60,6 +60,17 @@ class QualityGate:
                 missed.append(f"{agreement:.2%} of the tokens agree, wanted are {limit:.2%}")
         return missed
 
+    def verdict(
+        self,
+        original: Mapping[str, float | int | None],
+        delivered: Mapping[str, float | int | None],
+    ) -> str | None:
+        """Says in a report's words whether a model passed; None without limits."""
+        if self == QualityGate():
+            return None
+        missed = self.misses(original, delivered)
+        return "missed: " + "; ".join(missed) if missed else "passed"
+
 
 def _fraction(name: str, value: float | str, highest: float) -> float:
     text = str(value).strip()

@@ -118,8 +118,13 @@ class Architecture:
 
     @property
     def pipeline_parallel_sizes(self) -> list[int]:
-        """Numbers of pipeline stages that the layers can be shared out to."""
-        return _divisors(self.num_layers)
+        """Numbers of pipeline stages that the layers can be shared out to, one or more to each."""
+        return list(range(1, self.num_layers + 1))
+
+    def stage_layers(self, pipeline_parallel_size: int) -> list[int]:
+        """Number of layers of each pipeline stage; the first ones get what is left over."""
+        each, over = divmod(self.num_layers, pipeline_parallel_size)
+        return [each + (stage < over) for stage in range(pipeline_parallel_size)]
 
     @property
     def expert_parallel_sizes(self) -> list[int]:
@@ -148,10 +153,10 @@ class Architecture:
                 )
         if pipeline_parallel_size not in self.pipeline_parallel_sizes:
             raise ParallelismError(
-                f"pipeline parallelism must divide the model's {self.num_layers} layers",
+                f"every pipeline stage needs one of the model's {self.num_layers} layers",
                 where="parallel.pipeline_parallel_size",
                 found=pipeline_parallel_size,
-                allowed=", ".join(map(str, self.pipeline_parallel_sizes)),
+                allowed=f"1 to {self.num_layers}",
             )
         if expert_parallel_size not in self.expert_parallel_sizes:
             raise ParallelismError(

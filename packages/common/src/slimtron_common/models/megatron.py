@@ -140,6 +140,12 @@ def transformer_config(
             # One module an expert, which quantizers see.
             "moe_grouped_gemm": False,
         }
+    layout = None
+    stages = a.stage_layers(context.pp_size)
+    if len(set(stages)) > 1:
+        layout = [["decoder"] * count for count in stages]
+        layout[0].insert(0, "embedding")
+        layout[-1].append("loss")
     window = None if a.sliding_window is None else (a.sliding_window - 1, 0)
     return TransformerConfig(
         num_layers=a.num_layers,
@@ -162,6 +168,7 @@ def transformer_config(
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=context.tp_size,
         pipeline_model_parallel_size=context.pp_size,
+        pipeline_model_parallel_layout=layout,
         context_parallel_size=context.cp_size,
         expert_model_parallel_size=context.ep_size,
         sequence_parallel=context.sequence_parallel,

@@ -25,7 +25,7 @@ def test_table_tells_what_the_model_is(tiny: Path, capsys: pytest.CaptureFixture
         "embedding",
         "float32",
         "present",
-        "1, 2, 4",
+        "1 to 4",
         "not Slimtron",
     ):
         assert text in out

@@ -57,3 +57,11 @@ def test_values_out_of_range_name_the_field(field: str, value: Any) -> None:
     with pytest.raises(ConfigError) as error:
         QualityGate(**{field: value})
     assert error.value.where == field
+
+
+def test_verdict_of_a_report() -> None:
+    original, delivered = {"perplexity": 10.0}, {"perplexity": 12.0, "agreement": 0.8}
+    assert QualityGate().verdict(original, delivered) is None
+    assert QualityGate(min_agreement=0.8).verdict(original, delivered) == "passed"
+    gate = QualityGate(max_perplexity_increase="10%")
+    assert str(gate.verdict(original, delivered)).startswith("missed: perplexity rose by 20.00%")

@@ -135,7 +135,7 @@ def refusals(folder: Path) -> dict[str, tuple[type[SlimtronError], str, dict[str
         "pipeline": (
             ParallelismError,
             "4 layers",
-            {"parallel": ParallelConfig(pipeline_parallel_size=3), "world_size": 3},
+            {"parallel": ParallelConfig(pipeline_parallel_size=5), "world_size": 5},
         ),
         "no model": (CheckpointError, "does not exist", {"model": f"hf:{folder / 'none'}"}),
         "no reference": (CheckpointError, "does not exist", {"against": f"hf:{folder / 'none'}"}),

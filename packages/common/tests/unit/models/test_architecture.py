@@ -44,9 +44,15 @@ def test_parameters_of_experts() -> None:
     assert plain.num_expert_parameters == 30 * 8 * 2 * 576 * 1536
 
 
-def test_admitted_sizes_are_those_that_divide() -> None:
+def test_admitted_tensor_sizes_are_those_that_divide() -> None:
     assert SMOLLM2.tensor_parallel_sizes == [1, 3]
-    assert SMOLLM2.pipeline_parallel_sizes == [1, 2, 3, 5, 6, 10, 15, 30]
+
+
+def test_stages_need_not_have_equally_many_layers() -> None:
+    assert SMOLLM2.pipeline_parallel_sizes == list(range(1, 31))
+    assert SMOLLM2.stage_layers(5) == [6, 6, 6, 6, 6]
+    assert SMOLLM2.stage_layers(4) == [8, 8, 7, 7]
+    assert SMOLLM2.stage_layers(30) == [1] * 30
 
 
 @pytest.mark.parametrize("tp", range(1, 12))

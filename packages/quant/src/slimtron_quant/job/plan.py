@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from slimtron_common.speed import measured_flops, show_duration
 from slimtron_quant.job.preflight import Plan
 
-__all__ = ["measured_flops", "print_plan"]
+__all__ = ["print_plan"]
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
@@ -49,7 +48,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
             f"{_size(estimate.activations)}, statistics {_size(estimate.statistics)}",
         ),
         ("disk", f"{_size(estimate.disk)} while it runs"),
-        ("forward passes", f"about {_duration(seconds)} at this machine's matrix speed"),
+        ("forward passes", f"about {show_duration(seconds)} at this machine's matrix speed"),
     ]
     table = Table("", "", title="This job can run", show_header=False)
     for name, value in rows:
@@ -72,35 +71,9 @@ def _choice(plan: Plan) -> list[tuple[str, str]]:
     return [allowed, ("choice", f"{groups}: {chosen}")]
 
 
-def measured_flops(device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a matrix product, from a fraction of a second."""
-    size = 4096 if device == "cuda" else 1024
-    a = torch.randn(size, size, dtype=dtype, device=device)
-    runs, start = 0, 0.0
-    for attempt in range(6):
-        if attempt == 1:
-            # The first product warms up.
-            start = _now(device)
-        a @ a
-        runs = attempt
-    return 2.0 * size**3 * runs / (_now(device) - start)
-
-
-def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def _sequences(dataset: object) -> str:
     return f"{dataset.num_sequences} sequences of {dataset.seq_length} tokens"  # type: ignore[attr-defined]
 
 
 def _size(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -11,13 +11,18 @@ import torch
 from slimtron_common.atomic import check_writable
 from slimtron_common.checkpoint import Checkpoint, open_checkpoint
 from slimtron_common.config import fingerprint, to_dict
-from slimtron_common.data import TokenDataset, token_dataset
+from slimtron_common.data import TokenDataset, held_out_datasets, token_dataset
 from slimtron_common.data.config import DataConfig
 from slimtron_common.data.sources import check_source
 from slimtron_common.errors import ConfigError, ParallelismError
 from slimtron_common.evaluation.reference import reference_bytes
 from slimtron_common.manifest import environment_versions
-from slimtron_common.memory import check_memory, required_memory, shard_parameters
+from slimtron_common.memory import (
+    activation_bytes,
+    check_memory,
+    required_memory,
+    shard_parameters,
+)
 from slimtron_common.models import Architecture
 from slimtron_common.parallel.context import (
     check_world_size,
@@ -286,48 +291,26 @@ def _open_text(
     for name, text_field in sorted(wanted):
         check_source(name, text_field=text_field)
     tokenizer = checkpoint.tokenizer()
-    calibration_tokens = quantization.calibration_dataset_size * quantization.calibration_seq_len
+    held_out = _text(source, evaluation.num_tokens, evaluation.seq_length, config)
     if not needs_calibration:
-        return _tokens(
-            source, evaluation.num_tokens, evaluation.seq_length, config, tokenizer
-        ), None
-    if source != calibration_source:
-        return (
-            _tokens(source, evaluation.num_tokens, evaluation.seq_length, config, tokenizer),
-            _tokens(
-                calibration_source,
-                calibration_tokens,
-                quantization.calibration_seq_len,
-                config,
-                tokenizer,
-            ),
-        )
-    # One stream of text: the first tokens evaluate, the ones after them calibrate.
-    total = evaluation.num_tokens + calibration_tokens
-    stream = _tokens(source, total, total, config, tokenizer).tokens.reshape(-1)
-    held_out, rest = stream[: evaluation.num_tokens], stream[evaluation.num_tokens :]
-    return (
-        TokenDataset(held_out.reshape(-1, evaluation.seq_length)),
-        TokenDataset(rest.reshape(-1, quantization.calibration_seq_len)),
-    )
+        return token_dataset(held_out, tokenizer), None
+    seq_length = quantization.calibration_seq_len
+    num_tokens = quantization.calibration_dataset_size * seq_length
+    work = _text(calibration_source, num_tokens, seq_length, config)
+    return held_out_datasets(held_out, work, tokenizer)
 
 
-def _tokens(
-    source: tuple[str, str],
-    num_tokens: int,
-    seq_length: int,
-    config: QuantJobConfig,
-    tokenizer: Any,
-) -> TokenDataset:
+def _text(
+    source: tuple[str, str], num_tokens: int, seq_length: int, config: QuantJobConfig
+) -> DataConfig:
     name, text_field = source
-    data = DataConfig(
+    return DataConfig(
         source=name,
         num_tokens=num_tokens,
         seq_length=seq_length,
         seed=config.seed,
         text_field=text_field,
     )
-    return token_dataset(data, tokenizer)
 
 
 def _check_sequences(
@@ -370,21 +353,10 @@ def _estimate(
     if calibrates:
         size = min(quantization.calibration_batch_size, quantization.calibration_dataset_size)
         shapes.append((size, quantization.calibration_seq_len))
-    heads = architecture.num_attention_heads
     moe = architecture.moe
     # Experts that a token takes, and those that a calibration token takes.
     routes = moe.experts_per_token if moe else 0
     all_routes = moe.num_experts if moe and quantization.calibrate_all_experts else routes
-    activations = max(
-        # Logits and their float32 copy, attention scores before and after softmax, and a few
-        # copies of the widest hidden state.
-        b * s * (architecture.vocab_size / tensor) * (itemsize + 4)
-        + 3 * b * s * s * (heads / tensor) * 4
-        + 6 * b * s * (architecture.ffn_hidden_size / tensor) * itemsize
-        # An expert's input, the copies that bring it there, and its output.
-        + 4 * b * s * (all_routes if calibrates else routes) * architecture.hidden_size * itemsize
-        for b, s in shapes
-    )
     logits = reference_bytes(evaluation.num_tokens, architecture.vocab_size, dtype)
     rewrites_weights = any(scheme.recipe.rewrites_weights for scheme in schemes)
     statistics = max(_awq_statistics(scheme, parallel.expert_parallel_size) for scheme in schemes)
@@ -402,7 +374,13 @@ def _estimate(
         statistics += pipeline * reference_bytes(measured, architecture.vocab_size, dtype)
     return Estimate(
         weights=round(shard_parameters(checkpoint, parallel) * itemsize),
-        activations=round(activations),
+        activations=activation_bytes(
+            architecture,
+            parallel,
+            shapes,
+            itemsize,
+            experts_per_token=all_routes if calibrates else routes,
+        ),
         statistics=round(statistics / tensor / pipeline),
         disk=round(
             logits + checkpoint.weight_bytes + (parameters * itemsize if rewrites_weights else 0)

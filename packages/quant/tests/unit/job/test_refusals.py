@@ -275,7 +275,7 @@ def test_more_stages_than_layers(
     arguments: Arguments, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    refused(arguments("run", "--pp", "4"), ("2 layers", "allowed: 1, 2"))
+    refused(arguments("run", "--pp", "4"), ("2 layers", "allowed: 1 to 2"))
 
 
 def test_more_processes_than_sequences(

@@ -1,0 +1,1 @@
+"""The best shape of a model for a budget."""

@@ -1,0 +1,157 @@
+"""Which layers, heads, channels and experts a smaller model keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from slimtron_common.models import Architecture
+from slimtron_prune.scoring.scores import Scores
+
+__all__ = ["Axis", "Selection", "select", "select_layers"]
+
+Axis = Literal["hidden", "ffn", "queries", "key_values", "experts"]
+"""What a dimension of a weight counts; ``queries`` and ``key_values`` count heads' channels."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """What is kept of a model; indices increase, so that what is kept keeps its order."""
+
+    source: Architecture
+    target: Architecture
+    layers: tuple[int, ...]
+    """The source's layers, from 0."""
+
+    hidden: Tensor | None = None
+    """``[h]``, int64; as in all that follow, None keeps all."""
+
+    ffn: Tensor | None = None
+    """``[layers, f]``, or ``[layers, experts, f]``, of the source's layers and experts."""
+
+    heads: Tensor | None = None
+    """Query heads ``[layers, heads]``, in the order of the groups that they are in."""
+
+    groups: Tensor | None = None
+    """Query groups ``[layers, groups]``."""
+
+    experts: Tensor | None = None
+    """``[layers, experts]``."""
+
+    norm_factors: Tensor | None = None
+    """What the weights of the layers' two norms are multiplied by, ``[layers, 2]``."""
+
+    final_norm_factor: float = 1.0
+
+    def indices(self, axis: Axis, layer: int | None, expert: int | None) -> Tensor | None:
+        """Returns what is kept along a dimension of a tensor; None for everything.
+
+        Args:
+            axis: What runs along the dimension.
+            layer: The source's layer that the tensor lies in; None outside layers.
+            expert: The source's expert that it lies in; None outside experts.
+        """
+        if axis == "hidden":
+            return self.hidden
+        kept = {
+            "ffn": self.ffn,
+            "queries": self.heads,
+            "key_values": self.groups,
+            "experts": self.experts,
+        }[axis]
+        if kept is None:
+            return None
+        assert layer is not None, f"{axis} lie in layers"
+        kept = kept[layer] if expert is None else kept[layer, expert]
+        if axis in ("queries", "key_values"):
+            channels = torch.arange(self.source.head_dim)
+            kept = (kept.unsqueeze(-1) * self.source.head_dim + channels).reshape(-1)
+        return kept
+
+    def norm_factor(self, layer: int | None, number: int) -> float:
+        """Returns what a norm's weight is multiplied by.
+
+        Args:
+            layer: The source's layer that the norm lies in; None for the final one.
+            number: Which of the layer's norms it is.
+        """
+        if layer is None:
+            return self.final_norm_factor
+        return 1.0 if self.norm_factors is None else float(self.norm_factors[layer, number])
+
+    def expert(self, layer: int | None, number: int) -> int:
+        """Returns the source's expert that becomes the target's expert ``number``."""
+        return number if self.experts is None else int(self.experts[layer, number])
+
+
+def select(
+    target: Architecture, scores: Scores, *, layers: Sequence[int] | None = None
+) -> Selection:
+    """Keeps what scores highest.
+
+    Args:
+        target: The smaller model's shape.
+        scores: Of the larger model.
+        layers: The layers to keep, from 0; those that score highest without it.
+    """
+    source = scores.architecture
+    heads, groups = _select_heads(target, scores)
+    experts = None
+    if source.moe and target.moe and target.moe.num_experts < source.moe.num_experts:
+        experts = _highest(scores.experts, target.moe.num_experts)
+    if layers is None:
+        layers = _highest(scores.layers, target.num_layers).tolist()
+    hidden, norm_factors, final_norm_factor = None, None, 1.0
+    if target.hidden_size < source.hidden_size:
+        hidden = _highest(scores.hidden, target.hidden_size)
+        # A layer norm's variance is about its mean, which the channels that go change, too.
+        if source.normalization != "layernorm1p":
+            norm_factors, final_norm_factor = scores.norm_factors(hidden)
+    ffn = None
+    if target.ffn_hidden_size < source.ffn_hidden_size:
+        ffn = _highest(scores.ffn, target.ffn_hidden_size)
+    return Selection(
+        source=source,
+        target=target,
+        layers=tuple(layers),
+        hidden=hidden,
+        ffn=ffn,
+        heads=heads,
+        groups=groups,
+        experts=experts,
+        norm_factors=norm_factors,
+        final_norm_factor=final_norm_factor,
+    )
+
+
+def select_layers(source: Architecture, target: Architecture, dropped: set[int]) -> Selection:
+    """Keeps all layers but those ``dropped``, which count from 1."""
+    layers = tuple(n for n in range(source.num_layers) if n + 1 not in dropped)
+    return Selection(source=source, target=target, layers=layers)
+
+
+def _select_heads(target: Architecture, scores: Scores) -> tuple[Tensor | None, Tensor | None]:
+    """Keeps the groups whose best heads are best, and in each its best heads."""
+    source = scores.architecture
+    shape = (source.num_attention_heads, source.num_query_groups)
+    if shape == (target.num_attention_heads, target.num_query_groups):
+        return None, None
+    per_group = source.num_attention_heads // source.num_query_groups
+    kept_per_group = target.num_attention_heads // target.num_query_groups
+    grouped = scores.heads.reshape(source.num_layers, source.num_query_groups, per_group)
+    best = grouped.topk(kept_per_group, dim=-1).values
+    groups = _highest(best.sum(-1), target.num_query_groups)
+    within = _highest(grouped, kept_per_group)
+    heads = within + per_group * torch.arange(source.num_query_groups).unsqueeze(-1)
+    kept = heads.gather(1, groups.unsqueeze(-1).expand(-1, -1, kept_per_group))
+    return kept.reshape(source.num_layers, -1), groups
+
+
+def _highest(scores: Tensor, count: int) -> Tensor:
+    """Indices of the highest scores along the last dimension, increasing; ties keep the first."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    return order[..., :count].sort(dim=-1).values

@@ -1,0 +1,146 @@
+"""The shape of a smaller model, and what no model can be pruned to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from slimtron_common.errors import ConfigError
+from slimtron_common.models import Architecture
+from slimtron_prune.config import PruningConfig
+
+__all__ = ["WIDTH_MULTIPLE", "target_architecture"]
+
+WIDTH_MULTIPLE = 8
+"""Tensor cores multiply matrices whose sizes are multiples of this."""
+
+
+def target_architecture(source: Architecture, config: PruningConfig) -> Architecture:
+    """Returns the shape that a model is to be pruned to.
+
+    Args:
+        source: The model.
+        config: The targets.
+
+    Raises:
+        ConfigError: A target is above the model's size, does not divide, or does not exist in
+            this model, or there is nothing to prune.
+    """
+    if config.is_empty:
+        raise ConfigError(
+            "there is nothing to prune to",
+            hint="set a target such as target_ffn_hidden_size, or drop_layers",
+        )
+    if config.drop_layers is not None:
+        return _without_layers(source, config.drop_layers)
+    _refuse_absent(source, config)
+    sizes = {
+        "ffn_hidden_size": (config.target_ffn_hidden_size, "target_ffn_hidden_size"),
+        "hidden_size": (config.target_hidden_size, "target_hidden_size"),
+        "num_attention_heads": (config.target_num_attention_heads, "target_num_attention_heads"),
+        "num_query_groups": (config.target_num_query_groups, "target_num_query_groups"),
+        "num_layers": (config.target_num_layers, "target_num_layers"),
+    }
+    if source.moe:
+        sizes["ffn_hidden_size"] = (
+            config.target_moe_ffn_hidden_size,
+            "target_moe_ffn_hidden_size",
+        )
+    changes: dict[str, Any] = {}
+    for name, (wanted, where) in sizes.items():
+        if wanted is not None:
+            original = getattr(source, name)
+            _check_size(where, wanted, original, width=name.endswith("hidden_size"))
+            changes[name] = wanted
+    if source.moe and (experts := config.target_num_moe_experts) is not None:
+        _check_size("target_num_moe_experts", experts, source.moe.num_experts, width=False)
+        fewest = max(source.moe.experts_per_token, 2)
+        if experts < fewest:
+            raise ConfigError(
+                f"each token goes to {source.moe.experts_per_token} of several experts",
+                where="target_num_moe_experts",
+                found=experts,
+                allowed=f"{fewest} to {source.moe.num_experts}",
+            )
+        changes["moe"] = replace(source.moe, num_experts=experts)
+    target = replace(source, **changes)
+    _check_heads(source, target)
+    if target == source:
+        raise ConfigError(
+            "every target is the model's own size: there is nothing to prune",
+            found=", ".join(f"{name} {value}" for name, value in config.targets.items()),
+        )
+    return target
+
+
+def _without_layers(source: Architecture, dropped: list[int]) -> Architecture:
+    if max(dropped) > source.num_layers:
+        raise ConfigError(
+            "the model has no such layer",
+            where="drop_layers",
+            found=max(dropped),
+            allowed=f"1 to {source.num_layers}",
+        )
+    if len(dropped) == source.num_layers:
+        raise ConfigError("no layer would be left", where="drop_layers", found=dropped)
+    return replace(source, num_layers=source.num_layers - len(dropped))
+
+
+def _refuse_absent(source: Architecture, config: PruningConfig) -> None:
+    absent = {
+        "target_mamba_num_heads": "Mamba layers",
+        "target_mamba_head_dim": "Mamba layers",
+        "target_moe_shared_expert_intermediate_size": "shared experts",
+    }
+    hint = None
+    if source.moe:
+        absent["target_ffn_hidden_size"] = "dense feed-forward networks"
+        hint = "target_moe_ffn_hidden_size sets the width of the experts"
+    else:
+        absent["target_num_moe_experts"] = absent["target_moe_ffn_hidden_size"] = "experts"
+    for name, parts in absent.items():
+        if name in config.targets:
+            raise ConfigError(
+                f"the model has no {parts}",
+                where=name,
+                found=config.targets[name],
+                allowed="nothing",
+                hint=hint if "ffn" in name else None,
+            )
+
+
+def _check_size(where: str, wanted: int, original: int, *, width: bool) -> None:
+    if wanted > original:
+        raise ConfigError(
+            "pruning makes a model smaller, not larger",
+            where=where,
+            found=wanted,
+            allowed=f"at most {original}",
+        )
+    if width and wanted % WIDTH_MULTIPLE and wanted != original:
+        raise ConfigError(
+            "tensor cores would stand idle",
+            where=where,
+            found=wanted,
+            allowed=f"a multiple of {WIDTH_MULTIPLE}, such as "
+            f"{max(wanted // WIDTH_MULTIPLE, 1) * WIDTH_MULTIPLE}",
+        )
+
+
+def _check_heads(source: Architecture, target: Architecture) -> None:
+    heads, groups = target.num_attention_heads, target.num_query_groups
+    if heads % groups:
+        raise ConfigError(
+            "every key/value head serves as many query heads",
+            where="target_num_attention_heads",
+            found=f"{heads} with {groups} query groups",
+            allowed=f"a multiple of {groups}",
+        )
+    per_group = source.num_attention_heads // source.num_query_groups
+    if heads // groups > per_group:
+        raise ConfigError(
+            "a key/value head would serve more query heads than it was trained with",
+            where="target_num_query_groups",
+            found=f"{groups} for {heads} query heads",
+            allowed=f"{-(-heads // per_group)} or more: at most {per_group} query heads each",
+        )

@@ -1,0 +1,114 @@
+"""Cutting against slices that are written out, and against transformers' own models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from slimtron_common.checkpoint import open_checkpoint
+from slimtron_common.models import Architecture
+from slimtron_common.models.huggingface import config_from_architecture
+from slimtron_common.testing import write_tiny_model
+from slimtron_prune.cutting import Cutter
+from slimtron_prune.scoring.scores import Scores
+from slimtron_prune.selection import select
+
+FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "nemotron", "mixtral", "qwen3_moe"]
+
+
+RandomScores = Callable[[Architecture], Scores]
+
+
+def test_every_tensor_is_the_slice_that_is_meant(
+    tmp_path: Path, random_scores: RandomScores
+) -> None:
+    write_tiny_model(tmp_path / "m", tokenizer=False, tie_word_embeddings=False)
+    source = open_checkpoint(f"hf:{tmp_path / 'm'}").architecture
+    before = load_file(tmp_path / "m" / "model.safetensors")
+    target = replace(
+        source,
+        num_layers=2,
+        hidden_size=48,
+        ffn_hidden_size=40,
+        num_attention_heads=2,
+        num_query_groups=1,
+    )
+    selection = select(target, random_scores(source))
+    after = dict(Cutter(selection).tensors(before.__getitem__))
+    assert selection.hidden is not None
+    h = selection.hidden
+    assert torch.equal(
+        after["model.embed_tokens.weight"], before["model.embed_tokens.weight"][:, h]
+    )
+    assert torch.equal(after["lm_head.weight"], before["lm_head.weight"][:, h])
+    final = before["model.norm.weight"][h] * selection.final_norm_factor
+    torch.testing.assert_close(after["model.norm.weight"], final)
+    for new, old in enumerate(selection.layers):
+        a, b = f"model.layers.{new}", f"model.layers.{old}"
+        f = selection.indices("ffn", old, None)
+        q = selection.indices("queries", old, None)
+        kv = selection.indices("key_values", old, None)
+        assert f is not None
+        assert q is not None
+        assert kv is not None
+        expected = {
+            "self_attn.q_proj": before[f"{b}.self_attn.q_proj.weight"][q][:, h],
+            "self_attn.k_proj": before[f"{b}.self_attn.k_proj.weight"][kv][:, h],
+            "self_attn.v_proj": before[f"{b}.self_attn.v_proj.weight"][kv][:, h],
+            "self_attn.o_proj": before[f"{b}.self_attn.o_proj.weight"][h][:, q],
+            "mlp.gate_proj": before[f"{b}.mlp.gate_proj.weight"][f][:, h],
+            "mlp.up_proj": before[f"{b}.mlp.up_proj.weight"][f][:, h],
+            "mlp.down_proj": before[f"{b}.mlp.down_proj.weight"][h][:, f],
+        }
+        for name, tensor in expected.items():
+            assert torch.equal(after[f"{a}.{name}.weight"], tensor), name
+        for number, norm in enumerate(("input_layernorm", "post_attention_layernorm")):
+            scaled = before[f"{b}.{norm}.weight"][h] * selection.norm_factor(old, number)
+            torch.testing.assert_close(after[f"{a}.{norm}.weight"], scaled)
+    assert len(after) == 3 + 2 * 9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_has_a_place_for_every_tensor(
+    family: str, tmp_path: Path, random_scores: RandomScores
+) -> None:
+    write_tiny_model(tmp_path / "m", family, tokenizer=False)
+    checkpoint = open_checkpoint(f"hf:{tmp_path / 'm'}")
+    source = checkpoint.architecture
+    target = replace(
+        source,
+        num_layers=3,
+        hidden_size=40,
+        ffn_hidden_size=24,
+        num_attention_heads=2,
+        num_query_groups=2,
+        moe=source.moe and replace(source.moe, num_experts=3),
+    )
+    cutter = Cutter(select(target, random_scores(source)))
+    tensors = dict(cutter.tensors(checkpoint.tensors.read))  # type: ignore[attr-defined]
+    config = transformers.AutoConfig.for_model(**config_from_architecture(target))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    if source.moe is None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        assert shapes == wanted
+    assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_norm_that_is_stored_less_one_is_scaled_as_a_whole(
+    tmp_path: Path, random_scores: RandomScores
+) -> None:
+    write_tiny_model(tmp_path / "m", "gemma", tokenizer=False)
+    checkpoint = open_checkpoint(f"hf:{tmp_path / 'm'}")
+    target = replace(checkpoint.architecture, hidden_size=32)
+    selection = select(target, random_scores(checkpoint.architecture))
+    read = checkpoint.tensors.read  # type: ignore[attr-defined]
+    after = dict(Cutter(selection).tensors(read))["model.norm.weight"]
+    expected = (read("model.norm.weight")[selection.hidden] + 1) * selection.final_norm_factor
+    torch.testing.assert_close(after + 1, expected)
