@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from slimtron_common.errors import CheckpointError, UnsupportedModelError
@@ -113,7 +114,8 @@ def config_from_architecture(
         architecture: The model.
         dtype: Type of the weights that are written; the architecture's own without it.
     """
-    a, family = architecture, FAMILIES[architecture.family]
+    a = _loadable(architecture)
+    family = FAMILIES[a.family]
     scaling: dict[str, Any] | None = None
     if a.rotary_scaling_factor is not None:
         scaling = {"rope_type": "llama3", "factor": a.rotary_scaling_factor, **_LLAMA3_CONSTANTS}
@@ -156,6 +158,18 @@ def config_from_architecture(
         if a.sliding_window is not None:
             config.update(sliding_window=a.sliding_window, max_window_layers=0)
     return config
+
+
+def _loadable(architecture: Architecture) -> Architecture:
+    """Names a family whose config transformers accepts.
+
+    Its Llama wants the hidden size to be a multiple of the heads, though the width of a head is
+    given. Mistral without a window is the same model under the same names, and takes any.
+    """
+    a = architecture
+    if a.family == "llama" and a.hidden_size % a.num_attention_heads:
+        return replace(a, family="mistral")
+    return a
 
 
 def _refuse_features(config: Mapping[str, Any], family: Family, source: str) -> None:

@@ -188,6 +188,15 @@ def test_search_for_a_budget(tiny_model: Path, tmp_path: Path) -> None:
     assert report.plots[0].title == "Loss against cost"
 
 
+def test_heads_need_not_divide_the_hidden_size(tmp_path: Path) -> None:
+    """transformers' Llama refuses such a config; the same model goes by another name."""
+    model = write_tiny_model(tmp_path / "model", hidden_size=96, num_attention_heads=6)
+    out = tmp_path / "out"
+    assert main(build("run", model, out, *EVALUATION, "--hidden-size", "64")) == 0
+    assert json.loads((out / "config.json").read_text())["model_type"] == "mistral"
+    assert read_report(out).facts["Compared with transformers"].startswith("logits differ by")
+
+
 def test_plan_runs_nothing(
     arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
