@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypedDict
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["Batch", "LossFunction", "Losses", "Task"]
 
@@ -14,22 +13,25 @@ __all__ = ["Batch", "LossFunction", "Losses", "Task"]
 class Batch(TypedDict):
     """One micro-batch, on the device, the same on all processes of a model replica."""
 
-    tokens: torch.Tensor
+    tokens: Tensor
     """``[b, s]``, int64."""
 
-    labels: torch.Tensor
+    labels: Tensor
     """``[b, s]``, int64: the token that follows each of ``tokens``."""
 
-    loss_mask: torch.Tensor
+    loss_mask: Tensor
     """``[b, s]``, float32: 1 where a token counts, 0 where it does not."""
 
+    rows: Tensor
+    """``[b]``, int64, on the CPU: which of the training text's sequences they are."""
 
-Losses: TypeAlias = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
-"""Sum of the loss over the tokens that count (differentiable, float32), their number (int), and
+
+Losses: TypeAlias = tuple[Tensor, Tensor, dict[str, Tensor]]
+"""Sum of the loss over the tokens that count (differentiable, float32), their number (int32), and
 for the logs ``[sum, count]`` of each named part, detached float32. As Megatron's schedules take it
 with ``calculate_per_token_loss=True``, each of them over this data-parallel process alone."""
 
-LossFunction: TypeAlias = Callable[[torch.Tensor], Losses]
+LossFunction: TypeAlias = Callable[[Any], Losses]
 
 
 class Task(Protocol):
@@ -40,17 +42,42 @@ class Task(Protocol):
     wraps. Parameters that need no gradient (a teacher's) are not trained."""
 
     student_chunks: Sequence[nn.Module]
-    """The part of each chunk that a checkpoint holds (``GPTModel``)."""
+    """The part of each chunk that is the student (``GPTModel``)."""
 
     adjust_tensor_shapes_fn: Callable[..., Any] | None
     """For Megatron's pipeline schedule, where stages send more than one hidden state."""
 
-    def forward_step(
-        self, iterator: Iterator[Batch], model: nn.Module
-    ) -> tuple[torch.Tensor, LossFunction]:
-        """Runs the next micro-batch through ``model``, one of ``chunks`` in its wrapper.
+    def forward_step(self, iterator: Iterator[Any], model: nn.Module) -> tuple[Any, LossFunction]:
+        """Runs the next ``Batch`` through ``model``, one of ``chunks`` in its wrapper.
 
         Returns:
             What Megatron passes on to the next stage, and the loss of it on the last stage.
         """
+        ...
+
+    def collect(self, losses: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Adds up the micro-batches' named parts; every process calls it after the schedule.
+
+        Args:
+            losses: The last stage's of this step; nothing on other stages.
+
+        Returns:
+            ``[sum, count]`` of each named loss, ``loss`` among them, which is minimized; of this
+            data-parallel process alone, the same on all processes of its model replica.
+        """
+        ...
+
+    def observe(self, losses: Mapping[str, float]) -> None:
+        """Takes the means of the step that is done: the same on every process."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes on from step to step beside the weights: JSON values, the same everywhere."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what ``state_dict`` gave."""
+
+    def extra_parameters(self) -> Mapping[str, nn.Parameter]:
+        """What is trained on this process beside the student, by names that no other layout
+        changes; each whole, and the same, on all tensor-parallel processes of its stage."""
         ...
