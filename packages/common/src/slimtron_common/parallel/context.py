@@ -54,6 +54,8 @@ class ParallelContext:
     dp_cp_group: dist.ProcessGroup
     """Data and context parallelism: the ranks that see different tokens."""
     sequence_parallel: bool
+    vpp_size: int = 1
+    """Chunks of the model on every pipeline stage; more than one interleaves the pipeline."""
     _teardown: contextlib.ExitStack = field(repr=False, compare=False)
 
     @classmethod
@@ -100,6 +102,7 @@ class ParallelContext:
             dp_group=parallel_state.get_data_parallel_group(),
             dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
             sequence_parallel=sequence_parallel,
+            vpp_size=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
             _teardown=teardown or contextlib.ExitStack(),
         )
 
@@ -144,6 +147,7 @@ def initialize_parallel(
     device: Device = "auto",
     seed: int = 1234,
     timeout_minutes: float = 30.0,
+    virtual_pipeline_size: int = 1,
 ) -> ParallelContext:
     """Sets up torch.distributed and Megatron's groups, from torchrun's environment or alone.
 
@@ -155,6 +159,7 @@ def initialize_parallel(
         device: ``auto`` takes a GPU where there is one.
         seed: Seeds torch and Megatron's random-number tracker.
         timeout_minutes: How long a collective waits for a process that is late.
+        virtual_pipeline_size: Chunks of the model on every pipeline stage.
 
     Raises:
         ConfigError: A GPU was asked for and torch sees none.
@@ -162,6 +167,13 @@ def initialize_parallel(
             model-parallel groups exist already.
     """
     config = config or ParallelConfig()
+    if virtual_pipeline_size > 1 and config.pipeline_parallel_size == 1:
+        raise ParallelismError(
+            "only a pipeline of several stages can be interleaved",
+            where="virtual_pipeline_size",
+            found=virtual_pipeline_size,
+            allowed="1 without pipeline parallelism",
+        )
     if parallel_state.is_initialized():
         raise ParallelismError(
             "Megatron's model-parallel groups exist already",
@@ -179,6 +191,9 @@ def initialize_parallel(
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor_parallel_size,
             pipeline_model_parallel_size=config.pipeline_parallel_size,
+            virtual_pipeline_model_parallel_size=(
+                virtual_pipeline_size if virtual_pipeline_size > 1 else None
+            ),
             context_parallel_size=config.context_parallel_size,
             expert_model_parallel_size=config.expert_parallel_size,
             distributed_timeout_minutes=round(timeout_minutes),
