@@ -16,7 +16,7 @@ from slimtron_distill.hidden.attach import attach_loss
 from slimtron_distill.hidden.losses import cosine_loss, mse_loss
 from slimtron_distill.layers import parse_layer
 
-__all__ = ["HiddenMatch", "find_module"]
+__all__ = ["HiddenMatch", "find_module", "make_projection"]
 
 _CRITERIA = {"cosine": cosine_loss, "mse": mse_loss}
 
@@ -101,7 +101,7 @@ class HiddenMatch(nn.Module):
         self._teacher_hidden: Tensor | None = None
         self.projection = None
         if widths[0] != widths[1]:
-            self.projection = _projection(pair, widths, dtype, device)
+            self.projection = make_projection(pair, widths, dtype, device)
             for parameter in self.projection.parameters():
                 # Megatron then sums the gradients of the parts of the sequence.
                 parameter.sequence_parallel = sequence_parallel[0]  # type: ignore[attr-defined]
@@ -169,7 +169,7 @@ class HiddenMatch(nn.Module):
         return teacher
 
 
-def _projection(
+def make_projection(
     pair: tuple[str, str], widths: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> nn.Linear:
     """A linear layer whose weights are the same on every process, whatever was drawn before."""
