@@ -119,6 +119,7 @@ def build_model(
     if architecture.scaled_embeddings and is_first:
         scale_embeddings(model.embedding)
     weight_expert_outputs(model)
+    _mark_shards(model)
     model.requires_grad_(False)
     built: nn.Module = model.eval().to(context.device)
     return built
@@ -250,9 +251,7 @@ def _use_transformer_engine(layer_spec: LayerSpec, context: ParallelContext) -> 
     return layer_spec == "transformer_engine"
 
 
-def _block_spec(
-    architecture: Architecture, config: Any, use_te: bool, vp_stage: int | None
-) -> Any:
+def _block_spec(architecture: Architecture, config: Any, use_te: bool, vp_stage: int | None) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_local_spec,
         get_gpt_layer_with_transformer_engine_spec,
@@ -282,6 +281,25 @@ def _block_spec(
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm
     )
+
+
+def _mark_shards(model: nn.Module) -> None:
+    """Marks weights that tensor parallelism cuts, for the norm of the gradient to count all parts.
+
+    Megatron-Core's own layers do so only where they initialise them.
+    """
+    from megatron.core import tensor_parallel
+
+    dims = {
+        tensor_parallel.VocabParallelEmbedding: 0,
+        tensor_parallel.ColumnParallelLinear: 0,
+        tensor_parallel.RowParallelLinear: 1,
+    }
+    for module in model.modules():
+        dim = next((dim for kind, dim in dims.items() if isinstance(module, kind)), None)
+        weight = getattr(module, "weight", None)
+        if dim is not None and weight is not None and not hasattr(weight, "partition_dim"):
+            tensor_parallel.set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import Literal
 
 from slimtron_common.errors import ConfigError
 
-__all__ = ["GuardConfig", "OptimizerConfig", "TrainingConfig"]
+__all__ = ["CheckpointConfig", "GuardConfig", "OptimizerConfig", "TrainingConfig"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +120,24 @@ class GuardConfig:
                 found=self.spike_factor,
                 allowed="above 1",
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """What a run that is interrupted goes on from."""
+
+    interval: int = 100
+    """Steps between two checkpoints; the last step always leaves one."""
+
+    keep: int = 2
+    """How many there are at a time; an old one goes when the new one is complete."""
+
+    asynchronous: bool = True
+    """Whether training goes on while a checkpoint is being written."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, "interval", self.interval)
+        _at_least(1, "keep", self.keep)
 
 
 def _at_least(minimum: float, name: str, value: float) -> None:
