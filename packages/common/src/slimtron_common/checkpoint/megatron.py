@@ -27,9 +27,10 @@ from slimtron_common.models.huggingface import config_from_architecture
 from slimtron_common.parallel.context import ParallelContext
 from slimtron_common.parallel.unwrap import unwrap_model
 
-__all__ = ["MegatronCheckpoint", "save_megatron", "write_megatron"]
+__all__ = ["MegatronCheckpoint", "load_distributed", "save_megatron", "write_megatron"]
 
 WEIGHTS_DIR = "weights"
+_WRAPPER = "module."
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -63,32 +64,50 @@ class MegatronCheckpoint(Checkpoint):
         return sum(file.stat().st_size for file in self.weights.rglob("*") if file.is_file())
 
     def load(self, model: nn.Module, context: ParallelContext) -> None:
-        from megatron.core.dist_checkpointing.core import CheckpointingException
+        load_distributed(model, self.weights)
 
-        model = unwrap_model(model)
-        try:
-            with refuse_code(), warnings.catch_warnings():
-                # Megatron-Core reads by functions that torch is about to rename.
-                warnings.simplefilter("ignore", FutureWarning)
-                state = load_sharded(_sharded_weights(model), self.weights)
-        except (
-            CheckpointingException,
-            CheckpointException,
-            pickle.UnpicklingError,
-            OSError,
-            RuntimeError,
-        ) as error:
-            raise CheckpointError(
-                "the weights are damaged or not those of this model",
-                where=self.weights,
-                found=str(error).strip().rpartition("\n")[2],
-            ) from error
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        lost = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
-        if lost:
-            raise CheckpointError(
-                "the checkpoint does not match the model", where=self.weights, found=lost[:3]
-            )
+
+def load_distributed(model: nn.Module, directory: Path) -> None:
+    """Fills this process's part of a model from a checkpoint of Megatron's at any layout.
+
+    Args:
+        model: A Megatron-Core model or what holds it.
+        directory: A checkpoint of ``megatron.core.dist_checkpointing`` (``torch_dist``). Its
+            names may start with ``module.``, as NeMo's do.
+
+    Raises:
+        CheckpointError: The weights are damaged, or not those of this model.
+    """
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    model = unwrap_model(model)
+    is_wrapped = any(name.startswith(_WRAPPER) for name in check_metadata(directory))
+    prefix = _WRAPPER if is_wrapped else ""
+    try:
+        with refuse_code(), warnings.catch_warnings():
+            # Megatron-Core reads by functions that torch is about to rename.
+            warnings.simplefilter("ignore", FutureWarning)
+            state = load_sharded(_sharded_weights(model, prefix), directory)
+    except (
+        CheckpointingException,
+        CheckpointException,
+        pickle.UnpicklingError,
+        OSError,
+        RuntimeError,
+    ) as error:
+        raise CheckpointError(
+            "the weights are damaged or not those of this model",
+            where=directory,
+            found=str(error).strip().rpartition("\n")[2],
+        ) from error
+    # Only in front: the word may stand inside a name, too.
+    weights = {name[len(prefix) :]: value for name, value in state.items()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    lost = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
+    if lost:
+        raise CheckpointError(
+            "the checkpoint does not match the model", where=directory, found=lost[:3]
+        )
 
 
 def save_megatron(
@@ -148,7 +167,7 @@ def write_megatron(
     context.barrier()
 
 
-def _sharded_weights(model: Any) -> dict[str, Any]:
+def _sharded_weights(model: Any, prefix: str = "") -> dict[str, Any]:
     # Transformer Engine's extra state holds FP8 training recipes, which weights do not need.
-    sharded = model.sharded_state_dict(prefix="")
+    sharded = model.sharded_state_dict(prefix=prefix)
     return {name: value for name, value in sharded.items() if "_extra_state" not in name}

@@ -206,6 +206,9 @@ def transformer_config(
         tensor_model_parallel_size=context.tp_size,
         pipeline_model_parallel_size=context.pp_size,
         virtual_pipeline_model_parallel_size=context.vpp_size if context.vpp_size > 1 else None,
+        # In a batch of messages, two stages would mix up forward and backward ones.
+        overlap_p2p_comm=context.vpp_size > 1,
+        batch_p2p_comm=context.vpp_size == 1,
         context_parallel_size=context.cp_size,
         expert_model_parallel_size=context.ep_size,
         sequence_parallel=context.sequence_parallel,

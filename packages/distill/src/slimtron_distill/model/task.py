@@ -169,7 +169,7 @@ class DistillationTask:
                     sums[i] += part[name][0]
             sums[-1] += next(iter(part.values()))[1]
         hidden = torch.zeros_like(sums)
-        for match in self._matches:
+        for match in self._matches if self.chunks[0].training else ():
             hidden[names.index(_name(match.pair))] = match.loss_sum
             match.reset()
         if self._sequence_parallel:
