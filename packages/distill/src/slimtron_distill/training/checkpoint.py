@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,9 @@ from slimtron_common.checkpoint.writer import collective_directory
 from slimtron_common.errors import CheckpointError
 from slimtron_common.parallel import ParallelContext
 from slimtron_distill.training.config import CheckpointConfig
-from slimtron_distill.training.task import Task
 from slimtron_distill.training.trainer import Trainer
 
-__all__ = ["TrainingCheckpoints", "find_checkpoints", "student_state"]
+__all__ = ["TrainingCheckpoints", "find_checkpoints", "load_student"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +113,8 @@ class TrainingCheckpoints:
         check_metadata(path)
         state = read_json(path / STATE_NAME)
         loaded = _load(_sharded_state(trainer, is_loading=True), path)
-        for name, chunk in _named_chunks(trainer.task):
-            chunk.load_state_dict(loaded[name], strict=False)
+        for index, chunk in enumerate(trainer.task.student_chunks):
+            chunk.load_state_dict(loaded[f"student{index}"], strict=False)
         for name, parameter in trainer.task.extra_parameters().items():
             parameter.data.copy_(loaded["extra"][name])
         trainer.optimizer.load_state_dict(loaded["optimizer"])
@@ -131,25 +131,36 @@ class TrainingCheckpoints:
                 remove_directory(old)
 
 
-def student_state(task: Task) -> dict[str, Any]:
-    """The student's sharded weights, by chunk, as a training checkpoint holds them."""
+def load_student(chunks: Sequence[Any], path: Path) -> None:
+    """Fills a student, in whatever layout it was built, from a training checkpoint.
+
+    Args:
+        chunks: Its ``GPTModel``, or virtual pipeline chunks.
+        path: The checkpoint.
+
+    Raises:
+        CheckpointError: It is damaged, or is not one of this student.
+    """
+    check_metadata(path)
+    loaded = _load(_student_state(chunks), path)
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"student{index}"], strict=False)
+
+
+def _student_state(chunks: Sequence[Any]) -> dict[str, Any]:
     # Transformer Engine's extra state holds FP8 recipes, which are set anew.
     return {
-        name: {
+        f"student{index}": {
             key: value
             for key, value in chunk.sharded_state_dict(prefix="").items()
             if "_extra_state" not in key
         }
-        for name, chunk in _named_chunks(task)
+        for index, chunk in enumerate(chunks)
     }
 
 
-def _named_chunks(task: Task) -> list[tuple[str, Any]]:
-    return [(f"student{index}", chunk) for index, chunk in enumerate(task.student_chunks)]
-
-
 def _sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
-    state = student_state(trainer.task)
+    state = _student_state(trainer.task.student_chunks)
     rank, replica = trainer.context.tp_rank, dist.get_rank(trainer.context.dp_cp_group)
     state["extra"] = {
         name: ShardedTensor.from_rank_offsets(
@@ -157,7 +168,9 @@ def _sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
         )
         for name, parameter in trainer.task.extra_parameters().items()
     }
-    weights = {f"{part}.{key}": value for part, named in state.items() for key, value in named.items()}
+    weights = {
+        f"{part}.{key}": value for part, named in state.items() for key, value in named.items()
+    }
     state["optimizer"] = trainer.optimizer.sharded_state_dict(
         weights, is_loading=is_loading, metadata=_SHARDING
     )

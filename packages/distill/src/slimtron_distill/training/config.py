@@ -85,7 +85,7 @@ class OptimizerConfig:
                 raise ConfigError(
                     "is too large", where=name, found=getattr(self, name), allowed="below 1"
                 )
-        if not 0 < self.lr or self.lr < self.min_lr:
+        if not self.lr > 0 or self.lr < self.min_lr:
             raise ConfigError(
                 "the learning rate must be positive and not below min_lr",
                 where="lr",

@@ -15,7 +15,8 @@ from slimtron_distill.training.config import OptimizerConfig
 with warnings.catch_warnings():
     # They tell on import which of their optional kernels are missing.
     warnings.simplefilter("ignore")
-    from megatron.core import distributed, optimizer as optimizers
+    from megatron.core import distributed
+    from megatron.core import optimizer as optimizers
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 __all__ = ["build_optimizer", "build_scheduler", "finalize_model_grads", "wrap_chunks"]

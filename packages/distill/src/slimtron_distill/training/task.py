@@ -78,6 +78,10 @@ class Task(Protocol):
         """Takes back what ``state_dict`` gave."""
 
     def extra_parameters(self) -> Mapping[str, nn.Parameter]:
-        """What is trained on this process beside the student, by names that no other layout
-        changes; each whole, and the same, on all tensor-parallel processes of its stage."""
+        """What is trained on this process beside the student.
+
+        Returns:
+            Parameters by names that no other layout changes, each whole, and the same, on all
+            tensor-parallel processes of its stage.
+        """
         ...
