@@ -8,12 +8,14 @@ from slimtron_distill.losses.settings import LogitLossSettings
 
 if TYPE_CHECKING:
     from slimtron_distill.losses.kd import kd_loss
+    from slimtron_distill.losses.linear import linear_kd_loss
     from slimtron_distill.losses.top_k import kd_loss_from_top_k, teacher_top_k
 
 __all__ = [
     "LogitLossSettings",
     "kd_loss",
     "kd_loss_from_top_k",
+    "linear_kd_loss",
     "teacher_top_k",
 ]
 
@@ -21,8 +23,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Configs hold the settings, and a command's --help must not wait for torch.
     if name in __all__:
-        from slimtron_distill.losses import kd, top_k
+        from slimtron_distill.losses import kd, linear, top_k
 
-        module = kd if name in kd.__all__ else top_k
-        return getattr(module, name)
+        return next(getattr(m, name) for m in (kd, linear, top_k) if name in m.__all__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import ModuleType
 from typing import Any
 
@@ -11,10 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
-from slimtron_common.errors import ConfigError
+from slimtron_common.errors import ConfigError, MissingDependencyError
 from slimtron_distill.losses import reference
 from slimtron_distill.losses.settings import Implementation, LogitLossSettings
-from slimtron_distill.losses.shards import LogitShards, token_weights
+from slimtron_distill.losses.shards import LogitShards, three_dimensional, token_weights
 from slimtron_distill.losses.statistics import gather_parts, kl_divergence, merge, normalizers
 
 __all__ = ["kd_loss"]
@@ -97,7 +98,33 @@ def kd_loss(
 
 
 def _passes(implementation: Implementation, shards: LogitShards) -> ModuleType:
-    return reference
+    """The module whose passes go over the logits."""
+    on_gpu = shards.student.is_cuda
+    if implementation == "torch":
+        return reference
+    # The kernels compute in fp32.
+    if implementation == "auto" and (not on_gpu or shards.compute_dtype == torch.float64):
+        return reference
+    try:
+        from slimtron_distill.losses import fused
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        raise MissingDependencyError(
+            "the loss kernels need Triton",
+            where="implementation",
+            found=implementation,
+            hint="install triton, or set implementation to torch",
+        ) from error
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if shards.compute_dtype == torch.float64 or not (on_gpu or interpreted):
+        raise ConfigError(
+            "Triton cannot work on these logits",
+            where="implementation",
+            found=f"{shards.student.dtype} on {shards.student.device}",
+            allowed="bf16, fp16 or fp32 on a GPU, or on the CPU with TRITON_INTERPRET=1",
+        )
+    return fused
 
 
 class _KDLoss(torch.autograd.Function):
@@ -112,30 +139,64 @@ class _KDLoss(torch.autograd.Function):
         inplace: bool,
         wants_gradient: bool,
     ) -> Tensor:
-        local = passes.statistics(shards, weights, settings)
-        merged = merge(gather_parts(local, shards.group), settings)
-        norms = normalizers(merged)
-        if settings.divergence == "jsd":
-            sums = passes.divergence_sums(shards, weights, settings, norms)
-            teacher_part, pivot = gather_parts(sums, shards.group).sum(0)
-            divergence = settings.beta * teacher_part + (1 - settings.beta) * pivot
+        ctx.call = shards, settings, passes, inplace
+        # Where all passes fit into one launch the gradient is made along with the loss. In fp16 it
+        # would underflow before the loss scale arrives.
+        ctx.is_made = (
+            wants_gradient
+            and passes is not reference
+            and shards.group is None
+            and student_logits.dtype != torch.float16
+        )
+        if ctx.is_made:
+            gradient = _gradient_of(student_logits, inplace)
+            losses: Tensor = passes.loss_and_gradient(
+                shards, weights, settings, three_dimensional(gradient)
+            )
+            if inplace:
+                increment_version(student_logits)
+            ctx.save_for_backward(gradient)
         else:
-            divergence = pivot = kl_divergence(merged, settings)
-        if wants_gradient:
-            ctx.save_for_backward(student_logits, shards.teacher, weights, norms, pivot)
-            ctx.call = shards, settings, passes, inplace
-        weighted = torch.where(weights == 0, 0.0, weights * divergence)
-        total = weighted.sum(dtype=torch.float64) * settings.temperature**2
-        return total.to(weights.dtype)
+            norms, pivot, divergence = _divergence(shards, weights, settings, passes)
+            losses = torch.where(weights == 0, 0.0, weights * divergence * settings.temperature**2)
+            if wants_gradient:
+                ctx.save_for_backward(student_logits, shards.teacher, weights, norms, pivot)
+        return losses.sum(dtype=torch.float64).to(weights.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        student_logits, _, weights, norms, pivot = ctx.saved_tensors
         shards, settings, passes, inplace = ctx.call
-        gradient = student_logits.detach() if inplace else torch.empty_like(student_logits)
-        out = gradient.unsqueeze(1) if gradient.dim() == 2 else gradient
-        passes.write_gradient(shards, weights * loss_gradient, settings, norms, pivot, out)
-        if inplace:
-            increment_version(student_logits)
+        if ctx.is_made:
+            (gradient,) = ctx.saved_tensors
+            passes.scale_gradient(three_dimensional(gradient), loss_gradient)
+            # It can be handed out once.
+            increment_version(gradient)
+        else:
+            student_logits, _, weights, norms, pivot = ctx.saved_tensors
+            gradient = _gradient_of(student_logits, inplace)
+            out = three_dimensional(gradient)
+            passes.write_gradient(shards, weights * loss_gradient, settings, norms, pivot, out)
+            if inplace:
+                increment_version(student_logits)
         return gradient, *[None] * 6
+
+
+def _divergence(
+    shards: LogitShards, weights: Tensor, settings: LogitLossSettings, passes: ModuleType
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the gradient needs, and each token's divergence in nats without any factor."""
+    local = passes.statistics(shards, weights, settings)
+    merged = merge(gather_parts(local, shards.group), settings)
+    norms = normalizers(merged)
+    if settings.divergence != "jsd":
+        divergence = kl_divergence(merged, settings)
+        return norms, divergence, divergence
+    sums = passes.divergence_sums(shards, weights, settings, norms)
+    teacher_part, student_part = gather_parts(sums, shards.group).sum(0)
+    divergence = settings.beta * teacher_part + (1 - settings.beta) * student_part
+    return norms, student_part, divergence
+
+
+def _gradient_of(logits: Tensor, inplace: bool) -> Tensor:
+    return logits.detach() if inplace else torch.empty_like(logits)

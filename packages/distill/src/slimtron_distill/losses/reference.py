@@ -38,10 +38,11 @@ def statistics(shards: LogitShards, weights: Tensor, settings: LogitLossSettings
         tops = student.amax(-1), teacher.amax(-1)
         # A token without any entry has -inf for its largest logit.
         student, teacher = (
-            (logits - top.masked_fill(top == -torch.inf, 0.0).unsqueeze(-1)) / settings.temperature
+            logits - top.masked_fill(top == -torch.inf, 0.0).unsqueeze(-1)
             for logits, top in zip((student, teacher), tops, strict=True)
         )
-        student_mass, teacher_mass = student.exp(), teacher.exp()
+        student_mass = (student / settings.temperature).exp()
+        teacher_mass = (teacher / settings.temperature).exp()
         result[(0, *where)], result[(2, *where)] = tops
         result[(1, *where)] = student_mass.sum(-1)
         result[(3, *where)] = teacher_mass.sum(-1)
@@ -140,7 +141,7 @@ def _log_ratio(
     """``log(q / p)``; not defined where q is 0."""
     student, teacher = _entries(shards, where, settings)
     top, factor, teacher_top, teacher_factor = normalizers[(slice(None), *where)].unsqueeze(-1)
-    shifted: Tensor = (student - top) - (teacher - teacher_top)
+    shifted = (student - top) - (teacher - teacher_top)
     return shifted / settings.temperature + (factor / teacher_factor).log()
 
 
@@ -153,4 +154,5 @@ def _log_share(a: Tensor, b: Tensor, weight: float) -> Tensor:
 
 def _weighted_sum(mass: Tensor, values: Tensor) -> Tensor:
     # 0 * inf and inf - inf are NaN; an impossible entry has no say.
-    return torch.where(mass == 0, 0.0, mass * values).sum(-1)
+    terms = torch.where(mass == 0, 0.0, mass * values)
+    return terms.sum(-1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slimtron_common.errors import ConfigError, ParallelismError
 
-__all__ = ["LogitShards", "token_weights"]
+__all__ = ["LogitShards", "three_dimensional", "token_weights"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -94,8 +94,8 @@ class LogitShards:
             )
         rest = width if vocab_size is None else vocab_size - rank * width
         return cls(
-            student=_three_dimensional(student.detach()),
-            teacher=_three_dimensional(teacher.detach()),
+            student=three_dimensional(student.detach()),
+            teacher=three_dimensional(teacher.detach()),
             num_columns=max(0, min(width, rest)),
             group=group if size > 1 else None,
         )
@@ -135,5 +135,6 @@ def token_weights(weights: Tensor | None, shards: LogitShards) -> Tensor:
     return weights.detach().to(shards.student.device, shards.compute_dtype).reshape(shape)
 
 
-def _three_dimensional(logits: Tensor) -> Tensor:
+def three_dimensional(logits: Tensor) -> Tensor:
+    """``[s, b, v]`` as it is, ``[n, v]`` as ``[n, 1, v]``."""
     return logits if logits.dim() == 3 else logits.unsqueeze(1)

@@ -4,8 +4,8 @@ A part is described by five numbers a token, in rows of a tensor ``[5, ...]``:
 
 - the student's largest logit ``a`` and the sum of ``exp((s - a) / T)``
 - the teacher's largest logit ``c`` and the sum of ``exp((t - c) / T)``
-- the gap: for the forward KL the sum of ``exp((t - c) / T) ((t - c) - (s - a)) / T``, for the
-  reverse KL the same with student and teacher exchanged, for JSD nothing (0)
+- the gap: for the forward KL the sum of ``exp((t - c) / T) ((t - c) - (s - a))``, for the reverse
+  KL the same with student and teacher exchanged, for JSD nothing (0)
 
 Every sum is relative to its own part's maxima, so that neither huge logits nor a common offset
 of them cost accuracy.
@@ -44,14 +44,15 @@ def merge(parts: Tensor, settings: LogitLossSettings) -> Tensor:
     tops = parts[:, 0::2][:, :2]
     top = tops.amax(0)
     # A part without any entry has -inf for its maximum and 0 for its sums.
-    shifts = torch.where(tops == -torch.inf, 0.0, tops - top) / settings.temperature
-    sums = parts[:, 1::2] * shifts.exp()
+    shifts = torch.where(tops == -torch.inf, 0.0, tops - top)
+    factors = (shifts / settings.temperature).exp()
+    sums = parts[:, 1::2] * factors
     if settings.divergence == "jsd":
         gap = parts[:, 4].sum(0)
     else:
         main = 1 if settings.divergence == "forward_kl" else 0
         shift = shifts[:, main] - shifts[:, 1 - main]
-        gap = ((parts[:, 4] + parts[:, 1 + 2 * main] * shift) * shifts[:, main].exp()).sum(0)
+        gap = ((parts[:, 4] + parts[:, 1 + 2 * main] * shift) * factors[:, main]).sum(0)
     student_sum, teacher_sum = sums.sum(0)
     return torch.stack([top[0], student_sum, top[1], teacher_sum, gap])
 
@@ -77,9 +78,9 @@ def kl_divergence(merged: Tensor, settings: LogitLossSettings) -> Tensor:
     """KL divergence of each token in nats, without the factor of the temperature: ``[s, b]``."""
     _, student_sum, _, teacher_sum, gap = merged
     if settings.divergence == "forward_kl":
-        divergence = gap / teacher_sum + (student_sum / teacher_sum).log()
+        divergence = gap / teacher_sum / settings.temperature + (student_sum / teacher_sum).log()
     else:
-        divergence = gap / student_sum + (teacher_sum / student_sum).log()
+        divergence = gap / student_sum / settings.temperature + (teacher_sum / student_sum).log()
     # Rounding can leave about -1e-7 where the two distributions are all but equal.
     divergence = divergence.clamp(min=0.0)
     return torch.where((student_sum != 0) & (teacher_sum != 0), divergence, 0.0)
