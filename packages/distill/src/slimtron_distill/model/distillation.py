@@ -27,8 +27,8 @@ class DistillationModel(MegatronModule):  # type: ignore[misc]
         student: Megatron-Core's ``GPTModel``, or a chunk of one.
         teacher: The teacher's chunk of the same pipeline stage, loaded.
         matches: Pairs of hidden states that are compared on this chunk.
-        schedule_config: What the interleaved schedule takes the shape of hidden states from: a
-            copy of the student's config that nothing else reads. None for the other schedules.
+        schedule_config: A copy of the student's config that the schedule alone reads, to tell it
+            the shape of what stages send; None where ``adjust_tensor_shapes_fn`` does.
     """
 
     module: Any
@@ -47,7 +47,7 @@ class DistillationModel(MegatronModule):  # type: ignore[misc]
         # A list of modules, which is no Sequence to the type checker.
         self.matches = nn.ModuleList(matches)  # type: ignore[assignment]
         self.packing = Packing.of(student.config, teacher.config)
-        self._interleaved = schedule_config is not None
+        self.shape_in_config = schedule_config is not None
         # A tuple hides it from torch's bookkeeping of submodules.
         self._teacher = (teacher.eval().requires_grad_(False),)
         self.train(student.training)
@@ -60,7 +60,7 @@ class DistillationModel(MegatronModule):  # type: ignore[misc]
     def train(self, mode: bool = True) -> DistillationModel:
         """Sets the student's mode; the teacher stays in eval mode."""
         super().train(mode)
-        if self._interleaved:
+        if self.shape_in_config:
             student, cut = self.module.config, self.teacher.config.sequence_parallel
             self.config.hidden_size = self.packing.width if mode else student.hidden_size
             self.config.sequence_parallel = student.sequence_parallel or (mode and cut)
@@ -84,6 +84,7 @@ class DistillationModel(MegatronModule):  # type: ignore[misc]
         *,
         loss_mask: Tensor | None = None,
         intermediate_weight: float = 0.0,
+        **more: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Runs the teacher and then the student.
 
@@ -93,6 +94,7 @@ class DistillationModel(MegatronModule):  # type: ignore[misc]
             attention_mask: Megatron's; None where attention is causal.
             loss_mask: ``[b, s]``, the factor of each token in the losses on hidden states.
             intermediate_weight: Factor of each such loss, summed over tokens, in the total.
+            **more: Other arguments of ``GPTModel``, for both.
 
         Returns:
             In eval mode what the student puts out. In training the student's and the teacher's
@@ -100,16 +102,16 @@ class DistillationModel(MegatronModule):  # type: ignore[misc]
         """
         inputs = tokens, position_ids, attention_mask
         if not self.training:
-            output: Tensor = self.module(*inputs)
+            output: Tensor = self.module(*inputs, **more)
             return output
-        if loss_mask is None:
-            loss_mask = torch.ones_like(tokens, dtype=torch.float32)
         for match in self.matches:
+            if loss_mask is None:
+                loss_mask = torch.ones_like(tokens, dtype=torch.float32)
             match.begin(loss_mask, intermediate_weight)
         try:
             with torch.no_grad():
-                teacher = self.teacher(*inputs)
-            student = self.module(*inputs)
+                teacher = self.teacher(*inputs, **more)
+            student = self.module(*inputs, **more)
         finally:
             for match in self.matches:
                 match.end()

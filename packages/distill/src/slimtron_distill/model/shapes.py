@@ -39,8 +39,8 @@ def get_tensor_shapes_adjust_fn_for_distillation(
         A function of the shapes that a stage would receive and send for the student alone; it
         returns them for student and teacher together, and as they are while the model is in eval
         mode. None where nothing need change: without a pipeline, in an interleaved one (whose
-        schedule takes no function: there the model's config tells the width), with
-        ``forward_only``, and for other models.
+        schedule takes no function) or elsewhere if the model's config already tells the shape,
+        with ``forward_only``, and for other models.
     """
     if (
         forward_only
@@ -49,7 +49,7 @@ def get_tensor_shapes_adjust_fn_for_distillation(
     ):
         return None
     holder = _find(model[0] if isinstance(model, list) else model)
-    if holder is None:
+    if holder is None or getattr(holder, "shape_in_config", False):
         return None
 
     def adjust(recv: Shapes, send: Shapes) -> tuple[list[tuple[int, ...]], ...]:

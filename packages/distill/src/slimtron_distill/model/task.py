@@ -34,6 +34,7 @@ def distillation_task(
     *,
     vocab_size: int | None = None,
     shared_vocab_size: int | None = None,
+    shape_in_config: bool | None = None,
 ) -> DistillationTask:
     """Puts a student and its teacher together.
 
@@ -45,6 +46,9 @@ def distillation_task(
         vocab_size: Entries of the student's vocabulary; what its logits hold beyond is padding.
             None where there is none.
         shared_vocab_size: Entries that the teacher has, too; None for all.
+        shape_in_config: Whether Megatron's schedule is to read the shape of what stages send from
+            the config instead of ``adjust_tensor_shapes_fn``. None: where the pipeline is
+            interleaved, whose schedule takes no function.
 
     Raises:
         ConfigError: A layer to compare does not exist, or is computed again in the backward pass.
@@ -60,7 +64,9 @@ def distillation_task(
     for chunk in student_chunks:
         chunk.config.calculate_per_token_loss = True
         chunk.requires_grad_(True).train()
-    schedule_config = copy.copy(student_config) if context.vpp_size > 1 else None
+    if shape_in_config is None:
+        shape_in_config = context.vpp_size > 1
+    schedule_config = copy.copy(student_config) if shape_in_config else None
     scale = _gradient_scale(schedule_config or student_config, context.device)
     chunks = [
         DistillationModel(
@@ -112,6 +118,11 @@ class DistillationTask:
         self._matches = [match for chunk in chunks for match in chunk.matches]
         self._sequence_parallel = chunks[0].module.config.sequence_parallel
 
+    @property
+    def pair_weight(self) -> float:
+        """Factor of each pair's loss, summed over tokens, in the total of the current step."""
+        return self.mixer.weights.intermediate / max(1, len(self._config.intermediate_layer_pairs))
+
     def forward_step(
         self, iterator: Iterator[Any], model: nn.Module
     ) -> tuple[Any, Callable[[Any], Losses]]:
@@ -133,28 +144,28 @@ class DistillationTask:
         tokens, labels, mask, positions = (
             cut_over_context(tensor, rank, size) for tensor in (*whole, positions)
         )
-        pairs = max(1, len(self._config.intermediate_layer_pairs))
         output = model(
             tokens,
             positions,
             loss_mask=mask,
-            intermediate_weight=self.mixer.weights.intermediate / pairs,
+            intermediate_weight=self.pair_weight,
         )
 
         def loss_function(output: Any) -> Losses:
-            if isinstance(output, Tensor):
-                return self._language_loss(output, labels, mask)
-            return self._losses(output, labels, mask)
+            return self.losses(output, labels, mask)
 
         return output, loss_function
 
-    def collect(self, losses: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def collect(
+        self, losses: Sequence[Mapping[str, Tensor]], *, across_stages: bool = True
+    ) -> dict[str, Tensor]:
         """Adds up the losses of one step, those of hidden states on other stages among them.
 
         Every process calls it after the schedule.
 
         Args:
             losses: What the loss function said of each micro-batch: nothing but on the last stage.
+            across_stages: Whether to add up the pipeline's stages, which all must call it then.
 
         Returns:
             ``[sum, count]`` fp64 of each loss as it is, unweighted, and of the total that was
@@ -175,7 +186,7 @@ class DistillationTask:
         if self._sequence_parallel:
             dist.all_reduce(hidden, group=self._context.tp_group)
         sums += hidden
-        if self._context.pp_size > 1:
+        if across_stages and self._context.pp_size > 1:
             dist.all_reduce(sums, group=self._context.pp_group)
         means = dict(zip(names, sums[:-1], strict=True))
         pairs = [means[name] for name in names if name.startswith(INTERMEDIATE)]
@@ -210,8 +221,21 @@ class DistillationTask:
         lm = [] if self._config.skip_lm_loss else [LM]
         return [LOGITS, *lm, *map(_name, self._config.intermediate_layer_pairs)]
 
-    def _losses(self, logits: Sequence[Tensor], labels: Tensor, mask: Tensor) -> Losses:
-        student, teacher = logits
+    def losses(self, output: Any, labels: Tensor, mask: Tensor) -> Losses:
+        """The loss of what the last stage put out.
+
+        Args:
+            output: The student's and the teacher's logits, each ``[b, s, v/tp]``; in eval mode
+                the student's alone.
+            labels: ``[b, s]`` int64.
+            mask: ``[b, s]``, the factor of each token.
+
+        Returns:
+            The sum over tokens, the number of tokens that count, ``[sum, count]`` of each part.
+        """
+        if isinstance(output, Tensor):
+            return self._language_loss(output, labels, mask)
+        student, teacher = output
         kd = kd_loss(
             student,
             teacher,
