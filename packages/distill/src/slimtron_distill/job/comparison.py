@@ -25,7 +25,6 @@ def compare(
     student: Evaluation,
     teacher: Evaluation,
     records: Sequence[dict[str, Any]],
-    skipped: int,
 ) -> Comparison:
     """Puts the student before and after, and the teacher, side by side.
 
@@ -35,7 +34,6 @@ def compare(
         student: The student as it was written, reloaded.
         teacher: The teacher.
         records: The training's log.
-        skipped: Updates that were left out.
     """
     config, training = plan.config, plan.config.training
     tokens = training.steps * training.global_batch_size * training.seq_length
@@ -58,7 +56,9 @@ def compare(
             f"{_text(config.data.source, plan.training)}",
             "Optimizer": f"AdamW, learning rate {optimizer.lr} to {optimizer.min_lr} "
             f"({optimizer.decay}), {optimizer.warmup_steps} steps of warm-up",
-            "Updates left out": str(skipped),
+            "Updates left out": str(
+                next(r["skipped"] for r in reversed(records) if "skipped" in r)
+            ),
             "Evaluated on": "held out: "
             + _text(config.evaluation.source or config.data.source, plan.held_out),
             "Speed": _speed(records),

@@ -31,6 +31,7 @@ from slimtron_distill.model.teacher import load_teacher
 from slimtron_distill.training.checkpoint import TrainingCheckpoints
 from slimtron_distill.training.log import TrainingLog, read_log
 from slimtron_distill.training.loop import Intervals, train
+from slimtron_distill.training.recompute import RECOMPUTE
 from slimtron_distill.training.stream import BatchStream
 from slimtron_distill.training.trainer import Trainer
 
@@ -84,22 +85,11 @@ def build_student(plan: Plan, context: ParallelContext) -> list[nn.Module]:
         context,
         dtype=plan.dtype,
         layer_spec=plan.config.layer_spec,
-        settings=_RECOMPUTE[plan.config.training.recompute],
+        settings=RECOMPUTE[plan.config.training.recompute],
     )
     for chunk in chunks:
         plan.student.load(chunk, context)
     return chunks
-
-
-_RECOMPUTE: Mapping[str, Mapping[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective"},
-    "full": {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    },
-}
 
 
 def _published(plan: Plan) -> Comparison | None:
@@ -158,7 +148,6 @@ class _Job:
             self._write(student, output.directory)
             if self.context.is_main:
                 shutil.copyfile(self.work.path / LOG_NAME, output.directory / LOG_NAME)
-            output.result = {"skipped": trainer.guard.skipped}
 
     def verify(self) -> None:
         """Stage ``exported``: the files, read back into a new model."""
@@ -192,7 +181,6 @@ class _Job:
             student=Evaluation.from_dict(self.work.result("exported")),
             teacher=Evaluation.from_dict(self.work.result(self._teacher_stage)),
             records=read_log(self.work.directory("export") / LOG_NAME),
-            skipped=self.work.result("export")["skipped"],
         )
 
     def publish(self, comparison: Comparison, *, overwrite: bool) -> None:
