@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from slimtron_common.progress import format_duration
 from slimtron_distill.training.checkpoint import TrainingCheckpoints
+from slimtron_distill.training.guard import UnstableTrainingError
 from slimtron_distill.training.log import TrainingLog
 from slimtron_distill.training.stream import BatchStream
 from slimtron_distill.training.trainer import StepResult, Trainer
@@ -49,11 +50,19 @@ def train(
         steps: The last step.
         intervals: How often to do what.
         evaluate: Measures the student on held-out text.
+
+    Raises:
+        UnstableTrainingError: The guard stops the run.
     """
     first, seconds = trainer.step, 0.0
     while trainer.step < steps:
         begin = time.monotonic()
-        result = trainer.train_step(stream.batches(trainer.step))
+        try:
+            result = trainer.train_step(stream.batches(trainer.step))
+        except UnstableTrainingError:
+            # On every process; a checkpoint that is being written is good.
+            checkpoints.finish()
+            raise
         elapsed = time.monotonic() - begin
         seconds += elapsed
         step = trainer.step
