@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from packages.distill.tests.gathering_attention import gathering_attention
 from safetensors.torch import load_file
 from torch import Tensor
 
 from slimtron_common.checkpoint import open_checkpoint
 from slimtron_common.checkpoint.weights import whole_tensors
 from slimtron_common.models.megatron import build_chunks
-from slimtron_common.parallel import ParallelConfig, initialize_parallel
+from slimtron_common.parallel import ParallelConfig, ParallelContext, initialize_parallel
 from slimtron_common.testing import run_ranks, write_tiny_model
 from slimtron_distill.config import DistillationConfig
 from slimtron_distill.hidden.match import make_projection
@@ -39,6 +41,8 @@ class Case:
     parallel: dict[str, Any] = field(default_factory=dict)
     vpp: int = 1
     models: str = "dense"
+    teacher_sp: bool | None = None
+    """Whether the teacher's sequences are cut; None for as the student's."""
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -66,6 +70,7 @@ CASES = {
         "pp2, logits": Case({"pipeline_parallel_size": 2}),
         "pp2 vpp2": Case({"pipeline_parallel_size": 2}, vpp=2, config=WITH_ALL),
         "dp2": Case(config=WITH_ALL),
+        "cp2": Case({"context_parallel_size": 2}, config=WITH_ALL),
         "ep2": Case({"expert_parallel_size": 2}, models="experts", config=WITH_ALL),
     },
     4: {
@@ -74,6 +79,15 @@ CASES = {
         ),
         "tp2 pp2 vpp2 sp": Case(
             _tp(2, pipeline_parallel_size=2, sequence_parallel=True), vpp=2, config=MSE
+        ),
+        "tp2 pp2, teacher sp": Case(
+            _tp(2, pipeline_parallel_size=2), teacher_sp=True, config=WITH_ALL
+        ),
+        "tp2 pp2 vpp2 sp, teacher not": Case(
+            _tp(2, pipeline_parallel_size=2, sequence_parallel=True),
+            vpp=2,
+            teacher_sp=False,
+            config=WITH_ALL,
         ),
         "tp2 dp2": Case(_tp(2), config=WITH_ALL),
     },
@@ -124,7 +138,7 @@ def _train(case: Case, folder: Path) -> dict[str, Any]:
         chunks = []
         for name in ("student", "teacher"):
             checkpoint = open_checkpoint(f"hf:{folder}/{case.models}-{name}")
-            chunks.append(build_chunks(checkpoint.architecture, context, dtype=torch.float32))
+            chunks.append(_build(name, checkpoint.architecture, case, context))
             for chunk in chunks[-1]:
                 checkpoint.load(chunk, context)
             if name == "student":
@@ -160,6 +174,14 @@ def _train(case: Case, folder: Path) -> dict[str, Any]:
             "losses": [result.losses for result in results],
             "grad_norm": [result.grad_norm for result in results],
         }
+
+
+def _build(name: str, architecture: Any, case: Case, context: ParallelContext) -> Any:
+    if name == "teacher" and case.teacher_sp is not None:
+        context = replace(context, sequence_parallel=case.teacher_sp)
+    attention = gathering_attention() if context.cp_size > 1 else contextlib.nullcontext()
+    with attention:
+        return build_chunks(architecture, context, dtype=torch.float32)
 
 
 def _check_teacher(task: DistillationTask, before: list[Tensor]) -> None:
