@@ -18,6 +18,9 @@ _FLAGS: tuple[tuple[str, tuple[tuple[str, str, type, str, str], ...]], ...] = (
         (
             ("--student", "student", str, "KIND:DIR", "hf:DIR or megatron:DIR"),
             ("--teacher", "teacher", str, "KIND:DIR", "hf:DIR or megatron:DIR"),
+            ("--cache-teacher", "teacher_cache.path", str, "DIR",
+             "keep the teacher's largest logits there; once they are, no teacher is needed"),
+            ("--cache-top-k", "teacher_cache.top_k", int, "K", "how many of each token"),
             ("--out", "output", str, "DIR", "the directory to write"),
             ("--export-kind", "export.kind", str, "KIND", "how to write it: hf or megatron"),
             ("--export-dtype", "export.dtype", str, "TYPE",

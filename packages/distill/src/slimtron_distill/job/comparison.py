@@ -42,14 +42,14 @@ def compare(
     for column in (before, after):
         column.metrics.update(num_parameters=plan.student.num_parameters)
     reference = _column("teacher", teacher)
-    reference.metrics.update(num_parameters=plan.teacher.num_parameters, kl=0.0, agreement=1.0)
+    reference.metrics.update(num_parameters=plan.teacher_facts["parameters"], kl=0.0, agreement=1.0)
     return Comparison(
-        title=f"{plan.student.path.name} distilled from {plan.teacher.path.name}",
+        title=f"{plan.student.path.name} distilled from {plan.teacher_facts['name']}",
         columns=(before, after, reference),
         plots=tuple(_plots(records)),
         facts={
             "Student": config.student,
-            "Teacher": config.teacher,
+            "Teacher": config.teacher or f"{config.teacher_cache.path} (its logits)",
             "Perplexity recovered": _recovered(start, student, teacher),
             "Trained on": f"{training.steps} steps of {training.global_batch_size} sequences of "
             f"{training.seq_length} tokens: {tokens:,} tokens of "

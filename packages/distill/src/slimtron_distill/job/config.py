@@ -17,7 +17,7 @@ from slimtron_distill.training.config import (
     TrainingConfig,
 )
 
-__all__ = ["DistillJobConfig", "ExportConfig", "LogConfig", "TextConfig"]
+__all__ = ["DistillJobConfig", "ExportConfig", "LogConfig", "TeacherCacheConfig", "TextConfig"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +63,21 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherCacheConfig:
+    """The teacher's largest logits, computed before the training and kept for later runs."""
+
+    path: Path | None = None
+    """The directory; None for a teacher that runs along."""
+
+    top_k: int = 64
+    """How many logits are kept of each token. Student and teacher are compared over these."""
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ConfigError("is too small", where="top_k", found=self.top_k, allowed="1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ExportConfig:
     """How the student is written."""
 
@@ -80,8 +95,8 @@ class DistillJobConfig:
     student: str
     """``hf:DIR`` or ``megatron:DIR``."""
 
-    teacher: str
-    """``hf:DIR`` or ``megatron:DIR``."""
+    teacher: str | None = None
+    """``hf:DIR`` or ``megatron:DIR``; not needed where ``teacher_cache`` is finished."""
 
     output: Path
     """The directory to write."""
@@ -97,6 +112,7 @@ class DistillJobConfig:
     """Held-out text; without a source of its own the first tokens of ``data``, which are then not
     trained on."""
 
+    teacher_cache: TeacherCacheConfig = field(default_factory=TeacherCacheConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -116,6 +132,27 @@ class DistillJobConfig:
     """Whether the tokenizers may run code that comes with the models."""
 
     def __post_init__(self) -> None:
+        if self.teacher is None and self.teacher_cache.path is None:
+            raise ConfigError(
+                "there is nobody to learn from",
+                where="teacher",
+                found=None,
+                allowed="hf:DIR, megatron:DIR, or a teacher_cache.path that is finished",
+            )
+        if self.teacher_cache.path and self.distillation.intermediate_layer_pairs:
+            raise ConfigError(
+                "a cache holds no hidden states",
+                where="teacher_cache.path",
+                found="distillation.intermediate_layer_pairs is not empty",
+                hint="compare logits alone, or let the teacher run along",
+            )
+        if self.training.recompute == "full" and self.distillation.intermediate_layer_pairs:
+            raise ConfigError(
+                "outputs of layers that are computed again in the backward pass cannot be compared",
+                where="training.recompute",
+                found="full with distillation.intermediate_layer_pairs",
+                allowed="selective or none",
+            )
         if self.virtual_pipeline_size < 1:
             raise ConfigError(
                 "counts chunks of the model",

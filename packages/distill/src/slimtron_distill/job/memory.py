@@ -16,7 +16,7 @@ __all__ = ["training_memory"]
 def training_memory(
     config: DistillJobConfig,
     student: Checkpoint,
-    teacher: Checkpoint,
+    teacher: Checkpoint | None,
     *,
     dtype: torch.dtype,
     device: str,
@@ -27,7 +27,7 @@ def training_memory(
     Args:
         config: The job.
         student: The student.
-        teacher: The teacher.
+        teacher: The teacher that runs along; None where its logits come from a cache.
         dtype: Type that both compute in.
         device: ``cpu`` or ``cuda``.
         data_parallel_size: Processes that share the optimizer's state.
@@ -47,10 +47,10 @@ def training_memory(
         "student": trained * dtype.itemsize,
         "gradients": trained * 4.0,
         "optimizer": optimizer,
-        "teacher": shard_parameters(teacher, config.parallel) * dtype.itemsize,
+        "teacher": shard_parameters(teacher, config.parallel) * dtype.itemsize if teacher else 0.0,
         "logits": logits,
         "activations": _activations(config, student.architecture, dtype, flash=flash)
-        + _layer(config, teacher.architecture, dtype, scores=not flash),
+        + (_layer(config, teacher.architecture, dtype, scores=not flash) if teacher else 0.0),
     }
 
 

@@ -18,7 +18,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     epochs = training.steps * training.global_batch_size / plan.training.num_sequences
     rows = [
         ("student", f"{config.student}, {plan.student.num_parameters:,} parameters"),
-        ("teacher", f"{config.teacher}, {plan.teacher.num_parameters:,} parameters"),
+        ("teacher", _teacher(plan)),
         ("output", f"{config.export.kind}:{config.output}"),
         (
             "training",
@@ -48,6 +48,15 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     for name, value in rows:
         table.add_row(name, value)
     (console or Console()).print(table)
+
+
+def _teacher(plan: Plan) -> str:
+    parameters = f"{plan.teacher_facts['parameters']:,} parameters"
+    cache = plan.config.teacher_cache
+    if cache.path is None:
+        return f"{plan.config.teacher}, {parameters}"
+    kept = f"{cache.top_k} logits of each token in {cache.path}"
+    return f"{plan.teacher_facts['name']}, {parameters}, {kept}"
 
 
 def _size(num_bytes: float) -> str:

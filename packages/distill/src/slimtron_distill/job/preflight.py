@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,12 @@ from slimtron_common.atomic import check_writable
 from slimtron_common.checkpoint import Checkpoint, open_checkpoint
 from slimtron_common.config import to_dict
 from slimtron_common.data import TokenDataset
-from slimtron_common.errors import ConfigError, MissingDependencyError, ParallelismError
+from slimtron_common.errors import (
+    CheckpointError,
+    ConfigError,
+    MissingDependencyError,
+    ParallelismError,
+)
 from slimtron_common.evaluation.reference import reference_bytes
 from slimtron_common.integrations.versions import installed_versions
 from slimtron_common.memory import check_memory
@@ -22,6 +27,7 @@ from slimtron_common.parallel.context import (
     world_size_from_environment,
 )
 from slimtron_common.workdir import check_resumable
+from slimtron_distill.cache.store import INDEX_NAME, TeacherCache, cache_identity
 from slimtron_distill.job.config import DistillJobConfig
 from slimtron_distill.job.memory import training_memory
 from slimtron_distill.job.text import check_text, open_text
@@ -35,6 +41,7 @@ _LAYOUT_FIELDS = (
     "virtual_pipeline_size",
     "device",
     "layer_spec",
+    "teacher",
     "checkpoints",
     "logging",
 )
@@ -47,7 +54,15 @@ class Plan:
 
     config: DistillJobConfig
     student: Checkpoint
-    teacher: Checkpoint
+    teacher: Checkpoint | None
+    """None where everything of it comes from the cache."""
+
+    teacher_facts: Mapping[str, Any]
+    """``name``, ``parameters`` and ``bytes`` of the teacher."""
+
+    cache: Mapping[str, Any] | None
+    """What the teacher's cache is of; None where the teacher runs along."""
+
     vocab_size: int
     """Entries of the vocabulary that both models share."""
 
@@ -104,18 +119,21 @@ def preflight(
     student = open_checkpoint(
         config.student, where="student", trust_remote_code=config.trust_remote_code
     )
-    teacher = open_checkpoint(
-        config.teacher, where="teacher", trust_remote_code=config.trust_remote_code
-    )
-    _check_layout(config, student, teacher)
-    check_layer_pairs(
-        config.distillation.intermediate_layer_pairs,
-        student.architecture.num_layers,
-        teacher.architecture.num_layers,
-        num_stages=parallel.pipeline_parallel_size * config.virtual_pipeline_size,
-    )
-    _check_lengths(config, student, teacher)
-    vocab_size = shared_vocab_size(student, teacher)
+    teacher = None
+    if config.teacher is not None:
+        teacher = open_checkpoint(
+            config.teacher, where="teacher", trust_remote_code=config.trust_remote_code
+        )
+        check_layer_pairs(
+            config.distillation.intermediate_layer_pairs,
+            student.architecture.num_layers,
+            teacher.architecture.num_layers,
+            num_stages=parallel.pipeline_parallel_size * config.virtual_pipeline_size,
+        )
+    models = [student] if teacher is None else [student, teacher]
+    _check_layout(config, models)
+    _check_lengths(config, models)
+    teacher_facts, vocab_size = _teacher(config, student, teacher)
     check_text(config)
     dtype = _compute_dtype(config, device)
     export_dtype = (
@@ -124,7 +142,7 @@ def preflight(
     memory = training_memory(
         config,
         student,
-        teacher,
+        None if config.teacher_cache.path else teacher,
         dtype=dtype,
         device=device,
         data_parallel_size=data_parallel_size,
@@ -150,12 +168,15 @@ def preflight(
             found=f"{held_out.num_sequences} sequences",
             allowed=f"{data_parallel_size} or more",
         )
-    identity = _identity(config, student, teacher, held_out, training)
+    cache = _cache(config, teacher, teacher_facts, vocab_size, held_out, training)
+    identity = _identity(config, student, teacher_facts, held_out, training)
     check_resumable(config.output, identity, resume=resume, overwrite=overwrite)
     return Plan(
         config=config,
         student=student,
         teacher=teacher,
+        teacher_facts=teacher_facts,
+        cache=cache,
         vocab_size=vocab_size,
         device=device,
         dtype=dtype,
@@ -178,7 +199,71 @@ def _check_tensorboard(config: DistillJobConfig) -> None:
         )
 
 
-def _check_layout(config: DistillJobConfig, student: Checkpoint, teacher: Checkpoint) -> None:
+def _teacher(
+    config: DistillJobConfig, student: Checkpoint, teacher: Checkpoint | None
+) -> tuple[Mapping[str, Any], int]:
+    """What is known of the teacher, and the size of the vocabulary that both share."""
+    if teacher is None:
+        assert config.teacher_cache.path is not None
+        identity = TeacherCache(config.teacher_cache.path).identity
+        return identity["teacher"], identity["vocab_size"]
+    facts = {
+        "name": teacher.path.resolve().name,
+        "parameters": teacher.num_parameters,
+        "bytes": teacher.weight_bytes,
+    }
+    return facts, shared_vocab_size(student, teacher)
+
+
+def _cache(
+    config: DistillJobConfig,
+    teacher: Checkpoint | None,
+    teacher_facts: Mapping[str, Any],
+    vocab_size: int,
+    held_out: TokenDataset,
+    training: TokenDataset,
+) -> Mapping[str, Any] | None:
+    """What the job's cache must be of, held against one that is there."""
+    path = config.teacher_cache.path
+    if path is None:
+        return None
+    identity = cache_identity(
+        teacher=teacher_facts,
+        text=training.fingerprint,
+        held_out=held_out.fingerprint,
+        num_sequences=training.num_sequences,
+        seq_length=config.training.seq_length,
+        vocab_size=vocab_size,
+        top_k=config.teacher_cache.top_k,
+    )
+    if config.parallel.expert_parallel_size > 1:
+        raise ParallelismError(
+            "copies of a teacher whose experts are shared out cannot work through the text alone",
+            where="parallel.expert_parallel_size",
+            found=config.parallel.expert_parallel_size,
+            allowed="1 with a teacher's cache",
+        )
+    if (path / INDEX_NAME).is_file():
+        cache = TeacherCache(path)
+        cache.check(identity)
+        missing = cache.missing()
+        if teacher is None and missing:
+            raise CheckpointError(
+                "the teacher's cache is not finished",
+                where=path,
+                found=f"{len(missing)} of {cache.num_shards} shards are missing",
+                hint="run once with --teacher",
+            )
+    elif path.exists() and any(path.iterdir()):
+        raise CheckpointError(
+            "is no teacher's cache", where=path, found=f"no {INDEX_NAME}", hint="give another"
+        )
+    elif not path.resolve().parent.is_dir():
+        raise CheckpointError("its parent does not exist", where=path)
+    return identity
+
+
+def _check_layout(config: DistillJobConfig, models: Sequence[Checkpoint]) -> None:
     parallel = config.parallel
     if parallel.context_parallel_size > 1:
         raise ParallelismError(
@@ -194,7 +279,7 @@ def _check_layout(config: DistillJobConfig, student: Checkpoint, teacher: Checkp
             found=config.virtual_pipeline_size,
             allowed="1 without pipeline parallelism",
         )
-    for checkpoint in (student, teacher):
+    for checkpoint in models:
         checkpoint.architecture.check_parallel(
             tensor_parallel_size=parallel.tensor_parallel_size,
             pipeline_parallel_size=parallel.pipeline_parallel_size * config.virtual_pipeline_size,
@@ -202,8 +287,8 @@ def _check_layout(config: DistillJobConfig, student: Checkpoint, teacher: Checkp
         )
 
 
-def _check_lengths(config: DistillJobConfig, student: Checkpoint, teacher: Checkpoint) -> None:
-    limit = min(c.architecture.max_position_embeddings for c in (student, teacher))
+def _check_lengths(config: DistillJobConfig, models: Sequence[Checkpoint]) -> None:
+    limit = min(c.architecture.max_position_embeddings for c in models)
     for where, length in (
         ("training.seq_length", config.training.seq_length),
         ("evaluation.seq_length", config.evaluation.seq_length),
@@ -241,7 +326,7 @@ def _disk(
 def _identity(
     config: DistillJobConfig,
     student: Checkpoint,
-    teacher: Checkpoint,
+    teacher: Mapping[str, Any],
     held_out: TokenDataset,
     training: TokenDataset,
 ) -> dict[str, Any]:
@@ -250,10 +335,8 @@ def _identity(
         del settings["training"][name]
     return {
         "config": settings,
-        **{
-            name: {"parameters": checkpoint.num_parameters, "bytes": checkpoint.weight_bytes}
-            for name, checkpoint in (("student", student), ("teacher", teacher))
-        },
+        "student": {"parameters": student.num_parameters, "bytes": student.weight_bytes},
+        "teacher": dict(teacher),
         "held_out": held_out.fingerprint,
         "training": training.fingerprint,
     }

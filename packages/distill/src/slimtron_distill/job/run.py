@@ -6,7 +6,6 @@ import gc
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,9 +24,8 @@ from slimtron_common.report import Comparison, read_report, write_report
 from slimtron_common.workdir import WorkDir
 from slimtron_distill.job.comparison import compare
 from slimtron_distill.job.preflight import Plan
+from slimtron_distill.job.teacher import JobTeacher
 from slimtron_distill.job.verify import check_agreement
-from slimtron_distill.model.task import distillation_task
-from slimtron_distill.model.teacher import load_teacher
 from slimtron_distill.training.checkpoint import TrainingCheckpoints
 from slimtron_distill.training.log import TrainingLog, read_log
 from slimtron_distill.training.loop import Intervals, train
@@ -112,29 +110,20 @@ class _Job:
         self._held_out = plan.held_out.batches(
             self.config.evaluation.micro_batch_size, context.dp_rank, context.dp_size
         )
-        # Logits are recorded by process, and a resumed run may have another layout.
-        layout = f"tp{context.tp_size}-dp{context.dp_size}"
-        self._teacher_stage, self._student_stage = f"teacher-{layout}", f"student-{layout}"
+        self.teacher = JobTeacher(
+            plan, context, work, lambda model, record: self._evaluate(model, {}, record)
+        )
 
     def train(self) -> None:
         """Stages ``teacher``, ``start``, the training, ``student`` and ``export``."""
-        teacher = self._teacher()
-        self._record(self._teacher_stage, "the teacher", teacher)
+        self.teacher.prepare()
         with stage("load the student"):
             student = build_student(self.plan, self.context)
         if not self.work.has("start"):
             with stage("evaluate the student"), self.work.stage("start") as output:
                 output.result = self._evaluate(student, self._references).to_dict()
-        task = distillation_task(
-            student,
-            teacher,
-            self.config.distillation,
-            self.context,
-            vocab_size=self.plan.student.architecture.vocab_size,
-            shared_vocab_size=self.plan.vocab_size,
-        )
         trainer = Trainer(
-            task,
+            self.teacher.task(student),
             self.context,
             training=self.config.training,
             optimizer=self.config.optimizer,
@@ -143,7 +132,9 @@ class _Job:
         )
         self._train(trainer)
         _round(student, self.plan.export_dtype)
-        self._record(self._student_stage, "the distilled student", student, self._references)
+        if not self.work.has("student"):
+            with stage("evaluate the distilled student"), self.work.stage("student") as output:
+                output.result = self._evaluate(student, self._references).to_dict()
         with stage("export"), self.work.stage("export") as output:
             self._write(student, output.directory)
             if self.context.is_main:
@@ -153,11 +144,11 @@ class _Job:
         """Stage ``exported``: the files, read back into a new model."""
         if self.work.has("exported"):
             return
+        # A run that ended between export and verification may have had another layout.
+        self.teacher.measure()
+        self.teacher.release()
         gc.collect()
         torch.cuda.empty_cache()
-        # A run that ended between export and verification may have had another layout.
-        if not self.work.has(self._teacher_stage):
-            self._record(self._teacher_stage, "the teacher", self._teacher())
         with stage("reload the export and evaluate"), self.work.stage("exported") as output:
             directory = self.work.directory("export")
             checkpoint = open_checkpoint(f"{self.config.export.kind}:{directory}")
@@ -170,7 +161,8 @@ class _Job:
             for chunk in model:
                 checkpoint.load(chunk, self.context)
             found = self._evaluate(model, self._references)
-            check_agreement(self._student_result(), found, where=directory)
+            memory = Evaluation.from_dict(self.work.result("student"))
+            check_agreement(memory, found, where=directory)
             output.result = found.to_dict()
 
     def comparison(self) -> Comparison:
@@ -179,7 +171,7 @@ class _Job:
             self.plan,
             start=Evaluation.from_dict(self.work.result("start")),
             student=Evaluation.from_dict(self.work.result("exported")),
-            teacher=Evaluation.from_dict(self.work.result(self._teacher_stage)),
+            teacher=self.teacher.evaluation(),
             records=read_log(self.work.directory("export") / LOG_NAME),
         )
 
@@ -232,38 +224,9 @@ class _Job:
             "validation_agreement": found.distances["teacher"].agreement,
         }
 
-    def _teacher(self) -> list[nn.Module]:
-        with stage("load the teacher"):
-            return load_teacher(
-                self.plan.teacher,
-                self.context,
-                dtype=self.plan.dtype,
-                vocab_size=self.plan.student.architecture.vocab_size,
-                layer_spec=self.config.layer_spec,
-            )
-
     @property
     def _references(self) -> dict[str, Path]:
-        return {"teacher": self.work.directory(self._teacher_stage)}
-
-    def _student_result(self) -> Evaluation:
-        # Of any layout that it was measured in.
-        path = next(self.work.path.glob("student-*"))
-        return Evaluation.from_dict(self.work.result(path.name))
-
-    def _record(
-        self,
-        name: str,
-        description: str,
-        model: Sequence[nn.Module],
-        references: Mapping[str, Path] = MappingProxyType({}),
-    ) -> None:
-        if self.work.has(name):
-            return
-        with stage(f"evaluate {description}"), self.work.stage(name) as output:
-            # Only the teacher's logits are compared with later.
-            record = None if references else output.directory
-            output.result = self._evaluate(model, references, record).to_dict()
+        return {"teacher": self.teacher.record}
 
     def _evaluate(
         self,
