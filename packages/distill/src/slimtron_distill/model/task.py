@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from slimtron_common.errors import ConfigError
 from slimtron_common.parallel import ParallelContext
 from slimtron_distill.config import DistillationConfig
-from slimtron_distill.hidden import HiddenMatch, find_module
+from slimtron_distill.hidden import gradient_scale, match_pairs
 from slimtron_distill.losses.kd import kd_loss
 from slimtron_distill.mixing import INTERMEDIATE, LM, LOGITS, TOTAL, LossMixer
 from slimtron_distill.model.batch import cut_over_context
@@ -67,12 +67,12 @@ def distillation_task(
     if shape_in_config is None:
         shape_in_config = context.vpp_size > 1
     schedule_config = copy.copy(student_config) if shape_in_config else None
-    scale = _gradient_scale(schedule_config or student_config, context.device)
+    scale = gradient_scale(schedule_config or student_config, context.device)
     chunks = [
         DistillationModel(
             student,
             teacher,
-            matches=_matches(student, teacher, config, context, scale),
+            matches=match_pairs(student, teacher, config, context, scale),
             schedule_config=schedule_config,
         )
         for student, teacher in zip(student_chunks, teacher_chunks, strict=True)
@@ -268,54 +268,3 @@ def _name(pair: tuple[str, str]) -> str:
 
 def _part(loss: Tensor, count: Tensor) -> Tensor:
     return torch.stack([loss.detach().float(), count.float()])
-
-
-def _matches(
-    student: Any,
-    teacher: Any,
-    config: DistillationConfig,
-    context: ParallelContext,
-    gradient_scale: Callable[[], Tensor | None],
-) -> list[HiddenMatch]:
-    """The pairs whose student's layer lies on this chunk."""
-    matches = []
-    for pair in config.intermediate_layer_pairs:
-        ours, theirs = find_module(student, pair[0]), find_module(teacher, pair[1])
-        if ours is None and theirs is None:
-            continue
-        if ours is None or theirs is None:
-            raise ConfigError(
-                "the two layers of a pair must lie on the same pipeline stage",
-                where="intermediate_layer_pairs",
-                found=list(pair),
-            )
-        matches.append(
-            HiddenMatch(
-                pair,
-                ours,
-                theirs,
-                criterion=config.intermediate_criterion,
-                widths=(student.config.hidden_size, teacher.config.hidden_size),
-                dtype=student.config.params_dtype,
-                device=context.device,
-                sequence_parallel=(
-                    student.config.sequence_parallel,
-                    teacher.config.sequence_parallel,
-                ),
-                group=context.tp_group,
-                gradient_scale=gradient_scale,
-            )
-        )
-    return matches
-
-
-def _gradient_scale(config: Any, device: torch.device) -> Callable[[], Tensor | None]:
-    """Reads the factor in the backward pass: a training sets its function late and changes it."""
-
-    def scale() -> Tensor | None:
-        if config.grad_scale_func is None:
-            return None
-        scaled: Tensor = config.grad_scale_func(torch.ones((), device=device))
-        return scaled
-
-    return scale
