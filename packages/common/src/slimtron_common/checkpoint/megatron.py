@@ -25,7 +25,7 @@ from slimtron_common.manifest import write_manifest
 from slimtron_common.models.architecture import Architecture
 from slimtron_common.models.huggingface import config_from_architecture
 from slimtron_common.parallel.context import ParallelContext
-from slimtron_common.parallel.unwrap import unwrap_model
+from slimtron_common.parallel.unwrap import unwrap_chunks, unwrap_model
 
 __all__ = ["MegatronCheckpoint", "load_distributed", "save_megatron", "write_megatron"]
 
@@ -153,12 +153,16 @@ def write_megatron(
     """
     from megatron.core import dist_checkpointing
 
-    model = unwrap_model(model)
     weights = directory / WEIGHTS_DIR
     if context.is_main:
         weights.mkdir()
     context.barrier()
-    dist_checkpointing.save(_sharded_weights(model), str(weights))
+    sharded = {
+        (index, name): tensor
+        for index, chunk in enumerate(unwrap_chunks(model))
+        for name, tensor in _sharded_weights(chunk).items()
+    }
+    dist_checkpointing.save(sharded, str(weights))
     if context.is_main:
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         write_json(directory / CONFIG_NAME, config_from_architecture(architecture, dtype=dtype))

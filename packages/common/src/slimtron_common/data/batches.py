@@ -149,9 +149,7 @@ def token_stream(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Iter
     return join(_documents(config, tokenizer), _separator_id(tokenizer))
 
 
-def _documents(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[Iterator[int]]:
+def _documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Iterator[int]]:
     documents = open_source(
         config.source,
         text_field=config.text_field,
