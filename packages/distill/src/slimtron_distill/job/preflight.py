@@ -36,7 +36,7 @@ from slimtron_distill.vocabulary import shared_vocab_size
 
 __all__ = ["Plan", "preflight"]
 
-_LAYOUT_FIELDS = (
+_CHANGEABLE = (
     "parallel",
     "virtual_pipeline_size",
     "device",
@@ -44,6 +44,8 @@ _LAYOUT_FIELDS = (
     "teacher",
     "checkpoints",
     "logging",
+    # A run that was stopped may go on with bad updates left out.
+    "guard",
 )
 """What may be another when a run is resumed."""
 
@@ -330,7 +332,7 @@ def _identity(
     held_out: TokenDataset,
     training: TokenDataset,
 ) -> dict[str, Any]:
-    settings = {k: v for k, v in to_dict(config).items() if k not in _LAYOUT_FIELDS}
+    settings = {k: v for k, v in to_dict(config).items() if k not in _CHANGEABLE}
     for name in ("micro_batch_size", "recompute"):
         del settings["training"][name]
     return {

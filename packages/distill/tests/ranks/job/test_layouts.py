@@ -92,6 +92,11 @@ def _resumed(rank: int, world_size: int, student: Path, teacher: Path, folder: P
     )
 
 
+def _weights(directory: Path) -> dict[str, torch.Tensor]:
+    files = directory.glob("*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
 def test_a_run_goes_on_in_another_layout(
     tiny_student: Path, tiny_teacher: Path, tmp_path: Path
 ) -> None:
@@ -102,18 +107,18 @@ def test_a_run_goes_on_in_another_layout(
         identity.write_text(identity.read_text().replace(f"{tmp_path}/out", f"{tmp_path}/{name}"))
     run_ranks(_resumed, 2, tiny_student, tiny_teacher, tmp_path)
 
-    start = load_file(tiny_student / "model.safetensors")
-    expected = load_file(tmp_path / "undisturbed/model.safetensors")
-    so_far = load_file(tmp_path / "so-far/model.safetensors")
+    start = _weights(tiny_student)
+    expected = _weights(tmp_path / "undisturbed")
+    so_far = _weights(tmp_path / "so-far")
     assert any((so_far[key] - start[key]).abs().max() > 1e-4 for key in start)
     reference = read_report(tmp_path / "undisturbed").columns[1].metrics
     for name in LAYOUTS:
-        found = load_file(tmp_path / name / "model.safetensors")
+        found = _weights(tmp_path / name)
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             moved = (value - start[key]).abs().max()
-            # Sums in another order; AdamW carries that on where a gradient is next to nothing.
-            assert (found[key] - value).abs().max() <= max(2e-2 * moved, 1e-6), (name, key)
+            # Sums in another order; 1e-5 was seen.
+            assert (found[key] - value).abs().max() <= 1e-3 * moved, (name, key)
         metrics = read_report(tmp_path / name).columns[1].metrics
         assert torch.isclose(
             torch.tensor(metrics["perplexity"]), torch.tensor(reference["perplexity"]), rtol=1e-5
