@@ -190,8 +190,7 @@ def _divergence(
     merged = merge(gather_parts(local, shards.group), settings)
     norms = normalizers(merged)
     if settings.divergence != "jsd":
-        divergence = kl_divergence(merged, settings)
-        return norms, divergence, divergence
+        return norms, merged[4] * norms[1], kl_divergence(merged, settings)
     sums = passes.divergence_sums(shards, weights, settings, norms)
     teacher_part, student_part = gather_parts(sums, shards.group).sum(0)
     divergence = settings.beta * teacher_part + (1 - settings.beta) * student_part

@@ -141,7 +141,7 @@ def kd_kernel(
                     divergence = gap * fa / temperature + tl.log(sc / sa)
                 # A comparison that NaN passes, unlike `maximum`.
                 divergence = tl.where(alive, tl.where(divergence < 0, 0.0, divergence), 0.0)
-                pivot = divergence
+                pivot = gap * fa
             else:
                 a = tl.load(normalizers + token)
                 fa = tl.load(normalizers + tokens + token)
@@ -356,9 +356,7 @@ def _gradient(
     N: tl.constexpr,
     C: tl.constexpr,
 ):
-    if KIND == REVERSE_KL:
-        pivot -= tl.log(fa / fc)
-    elif KIND == JSD:
+    if KIND == JSD:
         factor *= 1 - beta
     for i in range(CHUNKS):
         at, mask = _columns(begin + i * (U * N * C), end, TRIM, U, N, C)
@@ -379,7 +377,7 @@ def _slope(x, y, scale, a, fa, c, fc, pivot, beta, factor, inverse_temperature, 
         return (factor * fa) * tl.exp2(x * scale) - (factor * fc) * tl.exp2(y * scale)
     q = fa * tl.exp2(x * scale)
     if KIND == REVERSE_KL:
-        excess = (x - y) * inverse_temperature - pivot
+        excess = (x - y - pivot) * inverse_temperature
     else:
         excess = _log_share(q, fc * tl.exp2(y * scale), 1 - beta) - pivot
     return tl.where(q == 0, 0.0, factor * q * excess)

@@ -80,8 +80,8 @@ def write_gradient(
         weights: ``[s, b]``, what each token's loss is multiplied by.
         settings: The loss.
         normalizers: ``[4, s, b]`` of the whole vocabulary.
-        pivot: ``[s, b]``, the expectation under the student that its gradient is relative to:
-            ``KL(q || p)`` of a reverse KL, ``KL(q || m)`` of a JSD; not used for a forward KL.
+        pivot: ``[s, b]``, the expectation under the student that its gradient is relative to: of a
+            reverse KL the gap, of a JSD ``KL(q || m)``; not used for a forward KL.
         out: ``[s, b, v/tp]``; may be the student's logits themselves.
     """
     out[..., shards.num_columns :] = 0
@@ -91,12 +91,12 @@ def write_gradient(
             gradient = q - p
         else:
             if settings.divergence == "reverse_kl":
-                factor = 1.0
-                ratio = _log_ratio(shards, where, settings, normalizers)
+                factor = 1 / settings.temperature
+                values = _gap(shards, where, settings, normalizers)
             else:
                 factor = 1 - settings.beta
-                ratio = _log_share(q, p, factor)
-            excess = factor * (ratio - pivot[where].unsqueeze(-1))
+                values = _log_share(q, p, factor)
+            excess = factor * (values - pivot[where].unsqueeze(-1))
             gradient = torch.where(q == 0, 0.0, q * excess)
         scale = (weights[where] * settings.temperature).unsqueeze(-1)
         out[(*where, slice(shards.num_columns))] = torch.where(scale == 0, 0.0, gradient * scale)
@@ -132,17 +132,17 @@ def _probabilities(
     return q, p
 
 
-def _log_ratio(
+def _gap(
     shards: LogitShards,
     where: tuple[slice, slice],
     settings: LogitLossSettings,
     normalizers: Tensor,
 ) -> Tensor:
-    """``log(q / p)``; not defined where q is 0."""
+    """``log(q / p)`` times the temperature, but for a constant; not defined where q is 0."""
     student, teacher = _entries(shards, where, settings)
-    top, factor, teacher_top, teacher_factor = normalizers[(slice(None), *where)].unsqueeze(-1)
-    shifted = (student - top) - (teacher - teacher_top)
-    return shifted / settings.temperature + (factor / teacher_factor).log()
+    top, _, teacher_top, _ = normalizers[(slice(None), *where)].unsqueeze(-1)
+    gap: Tensor = (student - top) - (teacher - teacher_top)
+    return gap
 
 
 def _log_share(a: Tensor, b: Tensor, weight: float) -> Tensor:
