@@ -80,6 +80,7 @@ def logits_section(
     bandwidth: float,
     peers: dict[str, Callable[[Tensor, Tensor], Tensor]],
 ) -> dict[str, tuple[float, float] | str]:
+    torch.compiler.reset()  # It compiles for a few shapes only.
     student = torch.randn(tokens, 1, vocab, device="cuda", dtype=dtype).requires_grad_()
     teacher = torch.randn_like(student).detach()
     print(f"\n{title}")

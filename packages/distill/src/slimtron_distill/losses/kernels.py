@@ -23,7 +23,8 @@ JSD = tl.constexpr(2)
 _INF = tl.constexpr(float("inf"))
 
 
-@triton.jit
+# As constants they would leave loops that never run, over which Triton's compiler breaks down.
+@triton.jit(do_not_specialize=["tokens", "columns", "width"])
 def kd_kernel(
     student,  # [s, b, v/tp]
     teacher,  # [s, b, v/tp]
