@@ -1,6 +1,6 @@
 """Writes a copy of a Hugging Face model without some of its layers.
 
-    python drop_layers.py smollm2 student 24 25 26 27
+Run it as: python drop_layers.py smollm2 student 24 25 26 27
 """
 
 from __future__ import annotations
