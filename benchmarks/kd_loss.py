@@ -266,6 +266,8 @@ def nemo_module(folder: Path | None) -> ModuleType:
         if found is None or not found.submodule_search_locations:
             raise ModuleNotFoundError("No module named 'nemo'", name="nemo")
         folder = Path(next(iter(found.submodule_search_locations))).parent
+    if not (folder / NEMO_LOSS).is_file():
+        raise ModuleNotFoundError(f"no {NEMO_LOSS} in {folder}", name="nemo")
     stand_ins = {
         "nemo": ModuleType("nemo"),
         "nemo.utils": ModuleType("nemo.utils"),
