@@ -1,8 +1,8 @@
 """Megatron-Core on the CPU over gloo, for laptops, continuous integration and tests.
 
 Megatron-Core asks for CUDA devices by name in its factories, its pipeline communication, its
-random-number tracker and its optimizers. Inside ``cpu_backend()`` those requests are answered with the CPU;
-on exit everything is as it was. Nothing happens on import.
+random-number tracker and its optimizers. Inside ``cpu_backend()`` those requests are answered with
+the CPU; on exit everything is as it was. Nothing happens on import.
 """
 
 from __future__ import annotations
