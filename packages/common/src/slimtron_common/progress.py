@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
-__all__ = ["Progress", "stage", "track"]
+__all__ = ["Progress", "format_duration", "stage", "track"]
 
 _LOG_INTERVAL = 10.0
 """Seconds between two log lines of one work."""
@@ -78,12 +78,12 @@ class Progress:
     def _log(self) -> None:
         self._logged = self.completed
         elapsed = time.monotonic() - self._start
-        parts = [f"{self.completed}", f"{_duration(elapsed)} elapsed"]
+        parts = [f"{self.completed}", f"{format_duration(elapsed)} elapsed"]
         if self.total:
             parts[0] += f"/{self.total}"
             if 0 < self.completed < self.total:
                 left = elapsed / self.completed * (self.total - self.completed)
-                parts.append(f"{_duration(left)} left")
+                parts.append(f"{format_duration(left)} left")
         _logger.info("%s: %s", self.description, ", ".join(parts))
 
 
@@ -112,7 +112,7 @@ def stage(description: str) -> Iterator[None]:
         _logger.info("%s ...", description)
     yield
     if shown:
-        _logger.info("%s: done in %s", description, _duration(time.monotonic() - start))
+        _logger.info("%s: done in %s", description, format_duration(time.monotonic() - start))
 
 
 def _bar() -> RichProgress:
@@ -136,7 +136,7 @@ def _bar() -> RichProgress:
     )
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Returns seconds as ``4.2 s``, ``3 min 20 s`` or ``2 h 5 min``."""
     if seconds < 60:
         return f"{seconds:.1f} s"

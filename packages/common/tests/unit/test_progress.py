@@ -66,7 +66,7 @@ def test_other_ranks_are_silent(
     [(0.04, "0.0 s"), (59.0, "59.0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")],
 )
 def test_durations_are_readable(seconds: float, text: str) -> None:
-    assert progress._duration(seconds) == text
+    assert progress.format_duration(seconds) == text
 
 
 def test_on_a_terminal_there_is_a_bar_and_log_lines_stay_whole() -> None:

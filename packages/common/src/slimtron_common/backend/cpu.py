@@ -1,8 +1,8 @@
 """Megatron-Core on the CPU over gloo, for laptops, continuous integration and tests.
 
-Megatron-Core asks for CUDA devices by name in its factories, its pipeline communication and
-its random-number tracker. Inside ``cpu_backend()`` those requests are answered with the CPU;
-on exit everything is as it was. Nothing happens on import.
+Megatron-Core asks for CUDA devices by name in its factories, its pipeline communication, its
+random-number tracker and its optimizers. Inside ``cpu_backend()`` those requests are answered with
+the CPU; on exit everything is as it was. Nothing happens on import.
 """
 
 from __future__ import annotations
@@ -77,10 +77,24 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
         (random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
         (random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
+        (random.CheckpointFunction, "backward", _redirected(random.CheckpointFunction.backward)),
         (dist, "all_gather", _all_gather_of_any_size(dist.all_gather)),
         (dist, "reduce_scatter", _reduce_scatter_of_any_size(dist.reduce_scatter)),
         (dist, "all_to_all_single", _all_to_all_of_lists(dist.all_to_all_single)),
     ]
+
+
+def _redirected(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Redirects inside a backward pass, where torch suspends the mode that called it.
+
+    Activations that are computed again are: the model runs forward there.
+    """
+
+    def wrapped(*args: Any) -> Any:
+        with _CudaToCpu():
+            return function(*args)
+
+    return wrapped
 
 
 def _all_gather_of_any_size(all_gather: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,6 +197,9 @@ class _CudaToCpu(TorchFunctionMode):
                 kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], "cpu", *args[2:])
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron-Core's optimizers sort parameters by the names of CUDA's types.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
         return func(*args, **(kwargs or {}))
 
 

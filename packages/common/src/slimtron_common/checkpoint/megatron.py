@@ -36,11 +36,12 @@ from slimtron_common.manifest import write_manifest
 from slimtron_common.models.architecture import Architecture
 from slimtron_common.models.huggingface import config_from_architecture
 from slimtron_common.parallel.context import ParallelContext
-from slimtron_common.parallel.unwrap import unwrap_model
+from slimtron_common.parallel.unwrap import unwrap_chunks, unwrap_model
 
 __all__ = ["MegatronCheckpoint", "load_distributed", "save_megatron", "write_megatron"]
 
 WEIGHTS_DIR = "weights"
+_WRAPPER = "module."
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -86,23 +87,25 @@ class MegatronCheckpoint(Checkpoint):
         load_distributed(model, self.weights, quantized=self.is_quantized)
 
 
-def load_distributed(
-    model: nn.Module, directory: Path, *, prefix: str = "", quantized: bool = False
-) -> None:
-    """Fills a model from a ``torch_dist`` checkpoint, reading no more than the model's weights.
+def load_distributed(model: nn.Module, directory: Path, *, quantized: bool = False) -> None:
+    """Fills this process's part of a model from a checkpoint of Megatron's at any layout.
+
+    Reads no more than the model's weights.
 
     Args:
-        model: A Megatron-Core model or what holds it, at any tensor and pipeline size.
-        directory: The distributed checkpoint, its index checked by ``check_metadata``.
-        prefix: What the names in the checkpoint have before those of the model.
+        model: A Megatron-Core model or what holds it.
+        directory: A checkpoint of ``megatron.core.dist_checkpointing`` (``torch_dist``). Its
+            names may start with ``module.``, as NeMo's do.
         quantized: Whether ModelOpt's quantizers are beside the weights, to be restored.
 
     Raises:
-        CheckpointError: The weights are damaged or not those of this model.
+        CheckpointError: The weights are damaged, or not those of this model.
     """
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
     model = unwrap_model(model)
+    is_wrapped = any(name.startswith(_WRAPPER) for name in check_metadata(directory))
+    prefix = _WRAPPER if is_wrapped else ""
     try:
         with refuse_code(), warnings.catch_warnings():
             # Megatron-Core reads by functions that torch is about to rename.
@@ -122,7 +125,8 @@ def load_distributed(
             where=directory,
             found=str(error).strip().rpartition("\n")[2],
         ) from error
-    weights = {name.removeprefix(prefix): value for name, value in state.items()}
+    # Only in front: the word may stand inside a name, too.
+    weights = {name[len(prefix) :]: value for name, value in state.items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     lost = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
     if lost:
@@ -178,19 +182,26 @@ def write_megatron(
     """
     from megatron.core import dist_checkpointing
 
-    model = unwrap_model(model)
-    written = dtype or next(model.parameters()).dtype
     weights = directory / WEIGHTS_DIR
     if context.is_main:
         weights.mkdir()
     context.barrier()
-    sharded = _in_type(_sharded_weights(model), dict(model.named_parameters()), written)
-    if is_quantized(model):
-        sharded |= quantizer_settings(model)
+    chunks = unwrap_chunks(model)
+    written = dtype or next(chunks[0].parameters()).dtype
+    sharded = {
+        (index, name): tensor
+        for index, chunk in enumerate(chunks)
+        for name, tensor in _in_type(
+            _sharded_weights(chunk), dict(chunk.named_parameters()), written
+        ).items()
+    }
+    quantized = is_quantized(chunks[0])
+    if quantized:
+        sharded |= {(0, name): value for name, value in quantizer_settings(chunks[0]).items()}
     dist_checkpointing.save(sharded, str(weights))
     if context.is_main:
-        if is_quantized(model):
-            write_modelopt_state(model, weights)
+        if quantized:
+            write_modelopt_state(chunks[0], weights)
         name = str(written).removeprefix("torch.")
         write_json(directory / CONFIG_NAME, config_from_architecture(architecture, dtype=name))
         copy_files(companions or [], directory)

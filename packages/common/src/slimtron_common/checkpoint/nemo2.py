@@ -87,7 +87,7 @@ class Nemo2Checkpoint(Checkpoint):
         )
 
     def load(self, model: nn.Module, context: ParallelContext) -> None:
-        load_distributed(model, self.weights, prefix=_PREFIX)
+        load_distributed(model, self.weights)
 
 
 def _read_description(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from slimtron_common.errors import UnsupportedModelError
 from slimtron_common.models.architecture import Architecture
 from slimtron_common.models.mapping import Parameter, model_parameters
 from slimtron_common.parallel.context import ParallelContext
-from slimtron_common.parallel.unwrap import unwrap_model
+from slimtron_common.parallel.unwrap import unwrap_chunks
 
 __all__ = [
     "BoundParameter",
@@ -43,13 +43,19 @@ class BoundParameter:
 def bound_parameters(model: nn.Module, architecture: Architecture) -> list[BoundParameter]:
     """Lists every parameter of this process in the order of the whole model.
 
-    Of a mixture of experts these are the experts that expert parallelism gave to the process.
+    Of a mixture of experts these are the experts that expert parallelism gave to the process, of
+    an interleaved pipeline's stage those of one virtual chunk after the other.
 
     Raises:
         UnsupportedModelError: The model has parameters that the architecture does not explain,
             or lacks one that it promises.
     """
-    model = unwrap_model(model)
+    return [
+        bound for chunk in unwrap_chunks(model) for bound in _bound_parameters(chunk, architecture)
+    ]
+
+
+def _bound_parameters(model: nn.Module, architecture: Architecture) -> list[BoundParameter]:
     present = dict(model.named_parameters())
     layers: Any = model.decoder.layers  # type: ignore[union-attr]
     # What lies outside layers, or is no expert's, has no number.

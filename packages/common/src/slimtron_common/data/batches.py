@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slimtron_common.data.config import DataConfig
-from slimtron_common.data.packing import pack
+from slimtron_common.data.packing import join, pack
 from slimtron_common.data.sources import open_source
 from slimtron_common.errors import ConfigError, ParallelismError
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TokenDataset", "token_dataset"]
+__all__ = ["TokenDataset", "token_dataset", "token_stream"]
 
 logger = logging.getLogger(__name__)
 
@@ -137,20 +137,12 @@ def token_dataset(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Tok
             than asked for.
         MissingDependencyError: A package that reads such a source is not installed.
     """
-    separator_id = tokenizer.eos_token_id
-    if separator_id is None:
-        separator_id = tokenizer.bos_token_id
-    documents = open_source(
-        config.source,
-        text_field=config.text_field,
-        shuffle_seed=config.seed if config.shuffle else None,
-    )
     try:
         tokens = pack(
-            (_tokenize(pieces, tokenizer) for pieces in documents),
+            _documents(config, tokenizer),
             seq_length=config.seq_length,
             num_sequences=config.num_sequences,
-            separator_id=separator_id,
+            separator_id=_separator_id(tokenizer),
         )
     except ConfigError as error:
         error.where = error.where or config.source
@@ -164,6 +156,33 @@ def token_dataset(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Tok
         dataset.fingerprint,
     )
     return dataset
+
+
+def token_stream(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
+    """Reads a source to its end, as ``token_dataset`` joins its documents.
+
+    Args:
+        config: What to read; not how much.
+        tokenizer: The model's tokenizer.
+
+    Returns:
+        Token ids.
+    """
+    return join(_documents(config, tokenizer), _separator_id(tokenizer))
+
+
+def _documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Iterator[int]]:
+    documents = open_source(
+        config.source,
+        text_field=config.text_field,
+        shuffle_seed=config.seed if config.shuffle else None,
+    )
+    return (_tokenize(pieces, tokenizer) for pieces in documents)
+
+
+def _separator_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    separator_id: int | None = tokenizer.eos_token_id
+    return tokenizer.bos_token_id if separator_id is None else separator_id
 
 
 def _tokenize(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["pack"]
+__all__ = ["join", "pack"]
 
 
 def pack(
@@ -42,7 +42,7 @@ def pack(
     import numpy as np
 
     num_tokens = num_sequences * seq_length
-    tokens = np.fromiter(islice(_join(documents, separator_id), num_tokens), dtype=np.int64)
+    tokens = np.fromiter(islice(join(documents, separator_id), num_tokens), dtype=np.int64)
     if tokens.size < num_tokens:
         whole = tokens.size // seq_length * seq_length
         hint = f"ask for {whole} tokens at most" if whole else "shorten seq_length"
@@ -55,7 +55,8 @@ def pack(
     return tokens.reshape(num_sequences, seq_length)
 
 
-def _join(documents: Iterable[Iterable[int]], separator_id: int | None) -> Iterator[int]:
+def join(documents: Iterable[Iterable[int]], separator_id: int | None) -> Iterator[int]:
+    """Yields the tokens of all documents, with ``separator_id`` between two of them."""
     separator: tuple[int, ...] = ()
     for document in documents:
         tokens = iter(document)

@@ -137,8 +137,15 @@ class Architecture:
         tensor_parallel_size: int,
         pipeline_parallel_size: int,
         expert_parallel_size: int = 1,
+        virtual_pipeline_size: int = 1,
     ) -> None:
         """Refuses a layout that this model cannot be cut into.
+
+        Args:
+            tensor_parallel_size: Processes that share every matrix.
+            pipeline_parallel_size: Stages, which may have unequally many layers.
+            expert_parallel_size: Processes that share out the experts.
+            virtual_pipeline_size: Chunks of the model on each stage, equally large if several.
 
         Raises:
             ParallelismError: With the dimension that does not divide.
@@ -157,6 +164,15 @@ class Architecture:
                 where="parallel.pipeline_parallel_size",
                 found=pipeline_parallel_size,
                 allowed=f"1 to {self.num_layers}",
+            )
+        chunks = pipeline_parallel_size * virtual_pipeline_size
+        if virtual_pipeline_size > 1 and self.num_layers % chunks:
+            raise ParallelismError(
+                f"an interleaved pipeline cuts the model's {self.num_layers} layers into equal "
+                f"chunks, {virtual_pipeline_size} on each of {pipeline_parallel_size} stages",
+                where="virtual_pipeline_size",
+                found=virtual_pipeline_size,
+                allowed=f"numbers of chunks, {chunks} here, that divide the layers",
             )
         if expert_parallel_size not in self.expert_parallel_sizes:
             raise ParallelismError(

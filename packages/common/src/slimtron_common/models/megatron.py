@@ -6,7 +6,8 @@ import contextlib
 import importlib.util
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from slimtron_common.parallel.context import ParallelContext
 __all__ = [
     "LayerSpec",
     "architecture_of",
+    "build_chunks",
     "build_model",
     "transformer_config",
     "transformer_engine_available",
@@ -60,6 +62,8 @@ def build_model(
     *,
     dtype: torch.dtype,
     layer_spec: LayerSpec = "auto",
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    vp_stage: int | None = None,
 ) -> nn.Module:
     """Builds this process's part of the model, its weights uninitialised.
 
@@ -69,9 +73,13 @@ def build_model(
         dtype: Type of the parameters.
         layer_spec: ``transformer_engine``'s modules, Megatron-Core's own (``local``), or
             ``auto``: Transformer Engine's on a GPU where it is installed.
+        settings: More fields of ``TransformerConfig``, such as how a training recomputes
+            activations.
+        vp_stage: The chunk to build of an interleaved pipeline's stage.
 
     Returns:
-        ``megatron.core.models.gpt.GPTModel`` in eval mode on ``context.device``.
+        ``megatron.core.models.gpt.GPTModel`` in eval mode on ``context.device``; its parameters
+        require no gradient.
 
     Raises:
         ParallelismError: The model cannot be cut this way.
@@ -83,19 +91,23 @@ def build_model(
         tensor_parallel_size=context.tp_size,
         pipeline_parallel_size=context.pp_size,
         expert_parallel_size=context.ep_size,
+        virtual_pipeline_size=context.vpp_size,
     )
+    is_first = context.is_first_stage and vp_stage in (None, 0)
+    is_last = context.is_last_stage and vp_stage in (None, context.vpp_size - 1)
     use_te = _use_transformer_engine(layer_spec, context)
-    config = transformer_config(architecture, context, dtype=dtype)
+    config = transformer_config(architecture, context, dtype=dtype, settings=settings)
     if architecture.moe:
         import_moe_utils()
     with _quiet_construction():
         model = GPTModel(
             config=config,
-            transformer_layer_spec=_block_spec(architecture, config, use_te),
+            transformer_layer_spec=_block_spec(architecture, config, use_te, vp_stage),
             vocab_size=architecture.padded_vocab_size(context.tp_size),
             max_sequence_length=architecture.max_position_embeddings,
-            pre_process=context.is_first_stage,
-            post_process=context.is_last_stage,
+            pre_process=is_first,
+            post_process=is_last,
+            vp_stage=vp_stage,
             parallel_output=True,
             share_embeddings_and_output_weights=architecture.tied_embeddings,
             position_embedding_type="rope",
@@ -105,16 +117,48 @@ def build_model(
             rope_scaling_factor=architecture.rotary_scaling_factor or 8.0,
             seq_len_interpolation_factor=architecture.rotary_interpolation,
         )
-    if architecture.scaled_embeddings and context.is_first_stage:
+    if architecture.scaled_embeddings and is_first:
         scale_embeddings(model.embedding)
     weight_expert_outputs(model)
+    _mark_shards(model)
     model.requires_grad_(False)
     built: nn.Module = model.eval().to(context.device)
     return built
 
 
+def build_chunks(
+    architecture: Architecture,
+    context: ParallelContext,
+    *,
+    dtype: torch.dtype,
+    layer_spec: LayerSpec = "auto",
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> list[nn.Module]:
+    """Builds every chunk of this process's pipeline stage; ``build_model``'s arguments.
+
+    Returns:
+        One model as of ``build_model``, or ``context.vpp_size`` of them.
+    """
+    stages = range(context.vpp_size) if context.vpp_size > 1 else [None]
+    return [
+        build_model(
+            architecture,
+            context,
+            dtype=dtype,
+            layer_spec=layer_spec,
+            settings=settings,
+            vp_stage=stage,
+        )
+        for stage in stages
+    ]
+
+
 def transformer_config(
-    architecture: Architecture, context: ParallelContext, *, dtype: torch.dtype
+    architecture: Architecture,
+    context: ParallelContext,
+    *,
+    dtype: torch.dtype,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """Megatron-Core's ``TransformerConfig`` of the model in this layout.
 
@@ -169,6 +213,10 @@ def transformer_config(
         tensor_model_parallel_size=context.tp_size,
         pipeline_model_parallel_size=context.pp_size,
         pipeline_model_parallel_layout=layout,
+        virtual_pipeline_model_parallel_size=context.vpp_size if context.vpp_size > 1 else None,
+        # In a batch of messages, two stages would mix up forward and backward ones.
+        overlap_p2p_comm=context.vpp_size > 1,
+        batch_p2p_comm=context.vpp_size == 1,
         context_parallel_size=context.cp_size,
         expert_model_parallel_size=context.ep_size,
         sequence_parallel=context.sequence_parallel,
@@ -184,6 +232,7 @@ def transformer_config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         **moe,
+        **settings,
     )
 
 
@@ -213,7 +262,7 @@ def _use_transformer_engine(layer_spec: LayerSpec, context: ParallelContext) -> 
     return layer_spec == "transformer_engine"
 
 
-def _block_spec(architecture: Architecture, config: Any, use_te: bool) -> Any:
+def _block_spec(architecture: Architecture, config: Any, use_te: bool, vp_stage: int | None) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_local_spec,
         get_gpt_layer_with_transformer_engine_spec,
@@ -241,8 +290,27 @@ def _block_spec(architecture: Architecture, config: Any, use_te: bool) -> Any:
         layer.submodules.self_attention.submodules.q_layernorm = norm
         layer.submodules.self_attention.submodules.k_layernorm = norm
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm
     )
+
+
+def _mark_shards(model: nn.Module) -> None:
+    """Marks weights that tensor parallelism cuts, for the norm of the gradient to count all parts.
+
+    Megatron-Core's own layers do so only where they initialise them.
+    """
+    from megatron.core import tensor_parallel
+
+    dims = {
+        tensor_parallel.VocabParallelEmbedding: 0,
+        tensor_parallel.ColumnParallelLinear: 0,
+        tensor_parallel.RowParallelLinear: 1,
+    }
+    for module in model.modules():
+        dim = next((dim for kind, dim in dims.items() if isinstance(module, kind)), None)
+        weight = getattr(module, "weight", None)
+        if dim is not None and weight is not None and not hasattr(weight, "partition_dim"):
+            tensor_parallel.set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
 @contextlib.contextmanager

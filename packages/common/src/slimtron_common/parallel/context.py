@@ -61,6 +61,8 @@ class ParallelContext:
     """Which copy of the experts this is; those of one rank hold every expert once. It is 0 on the
     first data-parallel rank, and without expert parallelism there alone."""
     sequence_parallel: bool
+    vpp_size: int = 1
+    """Chunks of the model on every pipeline stage; more than one interleaves the pipeline."""
     _teardown: contextlib.ExitStack = field(repr=False, compare=False)
 
     @classmethod
@@ -108,6 +110,7 @@ class ParallelContext:
             dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
             expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
             sequence_parallel=sequence_parallel,
+            vpp_size=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
             _teardown=teardown or contextlib.ExitStack(),
         )
 
@@ -164,6 +167,7 @@ def initialize_parallel(
     device: Device = "auto",
     seed: int = 1234,
     timeout_minutes: float = 30.0,
+    virtual_pipeline_size: int = 1,
 ) -> ParallelContext:
     """Sets up torch.distributed and Megatron's groups, from torchrun's environment or alone.
 
@@ -175,6 +179,7 @@ def initialize_parallel(
         device: ``auto`` takes a GPU where there is one.
         seed: Seeds torch and Megatron's random-number tracker.
         timeout_minutes: How long a collective waits for a process that is late.
+        virtual_pipeline_size: Chunks of the model on every pipeline stage.
 
     Raises:
         ConfigError: A GPU was asked for and torch sees none.
@@ -182,6 +187,13 @@ def initialize_parallel(
             model-parallel groups exist already.
     """
     config = config or ParallelConfig()
+    if virtual_pipeline_size > 1 and config.pipeline_parallel_size == 1:
+        raise ParallelismError(
+            "only a pipeline of several stages can be interleaved",
+            where="virtual_pipeline_size",
+            found=virtual_pipeline_size,
+            allowed="1 without pipeline parallelism",
+        )
     if parallel_state.is_initialized():
         raise ParallelismError(
             "Megatron's model-parallel groups exist already",
@@ -199,6 +211,9 @@ def initialize_parallel(
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor_parallel_size,
             pipeline_model_parallel_size=config.pipeline_parallel_size,
+            virtual_pipeline_model_parallel_size=(
+                virtual_pipeline_size if virtual_pipeline_size > 1 else None
+            ),
             context_parallel_size=config.context_parallel_size,
             expert_model_parallel_size=config.expert_parallel_size,
             distributed_timeout_minutes=round(timeout_minutes),

@@ -52,6 +52,32 @@ def test_requests_for_a_gpu_are_answered_with_the_cpu(make: Any) -> None:
     assert not tensor.is_pinned()
 
 
+def test_types_go_by_the_names_of_cudas() -> None:
+    tensor = torch.zeros(2, dtype=torch.bfloat16)
+    with cpu_backend():
+        assert tensor.type() == "torch.cuda.BFloat16Tensor"
+        assert tensor.type(torch.float64).dtype is torch.float64
+    assert tensor.type() == "torch.BFloat16Tensor"
+
+
+def test_what_the_backward_pass_computes_again_is_redirected() -> None:
+    from megatron.core.tensor_parallel.random import checkpoint
+
+    devices = []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        factor = torch.full((2,), 3.0, device="cuda")
+        devices.append(factor.device)
+        return x * factor
+
+    x = torch.ones(2, requires_grad=True)
+    with cpu_backend():
+        checkpoint(forward, False, x).sum().backward()
+    assert devices == [CPU, CPU]
+    assert x.grad is not None
+    assert x.grad.tolist() == [3.0, 3.0]
+
+
 def test_other_arguments_are_left_alone() -> None:
     tensor = torch.zeros(2)
     with cpu_backend():

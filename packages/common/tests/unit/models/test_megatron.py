@@ -61,3 +61,28 @@ def test_building_says_nothing(context: ParallelContext, caplog: pytest.LogCaptu
     build_model(LLAMA, context, dtype=torch.float32)
     assert caplog.records == []
     assert logging.getLogger("megatron.core.models.gpt.gpt_model").level == level
+
+
+def test_weights_that_tensor_parallelism_cuts_are_marked(context: ParallelContext) -> None:
+    """The norm of a gradient counts an unmarked weight once, whatever it is cut into."""
+    model = build_model(LLAMA, context, dtype=torch.float32)
+    marked = {
+        name.removeprefix("decoder.layers.0."): parameter.partition_dim
+        for name, parameter in model.named_parameters()
+        if getattr(parameter, "tensor_model_parallel", False) and "layers.1" not in name
+    }
+    assert marked == {
+        "embedding.word_embeddings.weight": 0,
+        "self_attention.linear_qkv.weight": 0,
+        "self_attention.linear_proj.weight": 1,
+        "mlp.linear_fc1.weight": 0,
+        "mlp.linear_fc2.weight": 1,
+        "output_layer.weight": 0,
+    }
+
+
+def test_settings_reach_megatrons_config(context: ParallelContext) -> None:
+    model = build_model(
+        LLAMA, context, dtype=torch.float32, settings={"recompute_granularity": "selective"}
+    )
+    assert model.config.recompute_granularity == "selective"  # type: ignore[union-attr]

@@ -120,6 +120,12 @@ def test_refused_layout_leaves_nothing_behind() -> None:
         pass
 
 
+def test_one_stage_cannot_be_interleaved() -> None:
+    with pytest.raises(ParallelismError, match="virtual_pipeline_size"):
+        initialize_parallel(virtual_pipeline_size=2)
+    assert not dist.is_initialized()
+
+
 def test_a_process_group_that_exists_is_used_and_kept() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

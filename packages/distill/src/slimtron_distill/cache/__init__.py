@@ -1,0 +1,1 @@
+"""The teacher's largest logits, computed once and kept on disk."""

@@ -1,0 +1,1 @@
+"""Student and teacher as one model for Megatron's schedules."""

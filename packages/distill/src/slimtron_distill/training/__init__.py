@@ -1,0 +1,1 @@
+"""Training by Megatron-Core's own schedules, optimizer and checkpoints."""
