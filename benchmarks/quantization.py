@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slimtron_common.config import build_config
-from slimtron_common.errors import ConfigError
+from slimtron_common.errors import SlimtronError
 from slimtron_common.evaluation import evaluate
 from slimtron_common.integrations.modelopt import to_modelopt
 from slimtron_common.manifest import environment_versions
@@ -64,11 +64,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 plan = _plan(args, recipe, Path(folder) / "out")
-            except ConfigError as error:
-                print(f"{recipe} does not fit this model: {error}", flush=True)
-                continue
-            rows.append(_measure(plan))
-            print(rows[-1], flush=True)
+                rows.append(_measure(plan))
+            except SlimtronError as error:
+                print(f"{recipe}: {error}", flush=True)
+            else:
+                print(rows[-1], flush=True)
     _print(rows, plan)
 
 
