@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -149,7 +150,9 @@ def test_hostile_common_state_does_not_run(
         (weights / ".metadata").write_bytes(pickle.dumps(index))
     else:
         shutil.copy(payload, weights / "common.pt")
-    with pytest.raises(CheckpointError, match="damaged"):
+    refused = pytest.raises(CheckpointError, match="damaged")
+    # The file of its own is not even opened.
+    with refused if common else contextlib.nullcontext():
         build(f"megatron:{copy}", context)
     assert not trace.exists()
 

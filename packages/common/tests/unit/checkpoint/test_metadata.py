@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from slimtron_common.checkpoint.metadata import check_metadata, refuse_code
+from slimtron_common.checkpoint.metadata import StoredTensor, check_metadata, refuse_code
 from slimtron_common.errors import CheckpointError
 
 
@@ -48,7 +48,7 @@ def test_index_of_python_3_13_is_accepted(tmp_path: Path, monkeypatch: pytest.Mo
     assert b"cpathlib._local\n" in new
     (tmp_path / ".metadata").write_bytes(new)
     monkeypatch.setitem(sys.modules, "pathlib._local", pathlib)
-    assert check_metadata(tmp_path) == {"a": (2,)}
+    assert check_metadata(tmp_path) == {"a": StoredTensor((2,), torch.float32)}
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ def check_agreement(memory: Evaluation, exported: Evaluation, *, where: Path) ->
     original is.
 
     Args:
-        memory: The quantized model in memory.
+        memory: The quantized model in memory; without a distance to its original, noise is no
+            excuse.
         exported: The reloaded export, with its distance to ``memory``.
         where: The export, for the message.
 
@@ -36,7 +37,9 @@ def check_agreement(memory: Evaluation, exported: Evaluation, *, where: Path) ->
         VerificationError: The two are not the same model.
     """
     change = exported.perplexity / memory.perplexity - 1
-    distance, brought = exported.distances["memory"].kl, memory.distances["original"].kl
+    distance = exported.distances["memory"].kl
+    original = memory.distances.get("original")
+    brought = original.kl if original else 0.0
     chance = _STANDARD_ERRORS * math.sqrt(2 * max(distance, 0.0) / exported.num_tokens)
     is_noise = abs(exported.loss - memory.loss) <= chance and distance <= brought
     if not (abs(change) <= PERPLEXITY_TOLERANCE or is_noise):

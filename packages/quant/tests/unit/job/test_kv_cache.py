@@ -87,9 +87,7 @@ def test_a_resumed_run_has_the_scales(
 ) -> None:
     command = arguments("run", "--recipe", "int8_sq", "--kv-cache", "fp8")
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "slimtron_quant.job.run.write_huggingface", lambda *_, **__: exec("raise OSError")
-        )
+        patch.setattr("slimtron_quant.job.run.write_export", lambda *_, **__: exec("raise OSError"))
         assert main(command) == 1
     with monkeypatch.context() as patch:
         patch.setattr(_Job, "_forward_loop", lambda self: pytest.fail("calibrated again"))

@@ -67,7 +67,10 @@ def test_files_have_the_expected_size(family: str, models: dict[str, Path], tmp_
         # Biases lie in the modules and are not weights.
         headers = exported.tensors.headers
         stored -= sum(16 * headers[name][1][0] for name in headers if name.endswith("_proj.bias"))
-        assert storage.bits(uniform) * storage.num_weights == pytest.approx(stored)
+        expected = storage.bits(uniform) * storage.num_weights
+        # Factors that fold into the layer before are counted, and not stored.
+        assert stored <= expected * (1 + 1e-9)
+        assert expected <= (1.01 if "awq" in recipe or "sq" in recipe else 1 + 1e-9) * stored
         # The header of the file is an upper bound.
         size = storage.num_bytes(uniform)
         assert 0 <= size - exported.tensors.weight_bytes < 4096 + 0.1 * size
