@@ -120,7 +120,7 @@ def test_the_job_in_every_layout(tiny: Path, tmp_path: Path) -> None:
         *("--eval-seq-len", "32", "--num-layers", "3", "--hidden-size", "48", "-q"),
     ]
     layouts = {"tp": ["--tp", "2"], "pp": ["--pp", "2"], "dp": []}
-    megatron = ["--format", "megatron"]
+    megatron = ["--export-format", "megatron"]
     commands = [[*common, "--out", str(tmp_path / n), *more] for n, more in layouts.items()]
     commands.append([*common, "--out", str(tmp_path / "dist"), "--pp", "2", *megatron])
     assert main([*common, "--out", str(tmp_path / "one")]) == 0

@@ -16,13 +16,14 @@ _FLAGS: tuple[tuple[str, tuple[tuple[str, str, type, str, str], ...]], ...] = (
     (
         "what",
         (
-            ("--student", "student", str, "KIND:DIR", "hf:DIR or megatron:DIR"),
-            ("--teacher", "teacher", str, "KIND:DIR", "hf:DIR or megatron:DIR"),
+            ("--student", "student", str, "KIND:DIR", "hf:DIR, megatron:DIR or nemo2:DIR"),
+            ("--teacher", "teacher", str, "KIND:DIR", "hf:DIR, megatron:DIR or nemo2:DIR"),
             ("--cache-teacher", "teacher_cache.path", str, "DIR",
              "keep the teacher's largest logits there; once they are, no teacher is needed"),
             ("--cache-top-k", "teacher_cache.top_k", int, "K", "how many of each token"),
             ("--out", "output", str, "DIR", "the directory to write"),
-            ("--export-kind", "export.kind", str, "KIND", "how to write it: hf or megatron"),
+            ("--export-format", "export.export_format", str, "KIND",
+             "hf for inference engines, or megatron"),
             ("--export-dtype", "export.dtype", str, "TYPE",
              "of the weights: auto, float32, bfloat16, float16"),
         ),

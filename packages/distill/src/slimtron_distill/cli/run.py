@@ -46,6 +46,6 @@ def execute(args: argparse.Namespace) -> int:
         print_comparison(comparison)
         for fact in ("Perplexity recovered", "Updates left out", "Speed"):
             print(f"{fact.lower():<22} {comparison.facts[fact]}")
-        print(f"{'student':<22} {config.export.kind}:{config.output}")
+        print(f"{'student':<22} {config.export.export_format}:{config.output}")
         print(f"{'report':<22} {config.output / 'report.html'}")
     return 0

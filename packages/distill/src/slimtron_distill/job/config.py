@@ -81,7 +81,7 @@ class TeacherCacheConfig:
 class ExportConfig:
     """How the student is written."""
 
-    kind: Literal["hf", "megatron"] = "hf"
+    export_format: Literal["hf", "megatron"] = "hf"
     """A Hugging Face directory, or a Megatron distributed checkpoint."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -93,10 +93,11 @@ class DistillJobConfig:
     """One job: which student learns what from which teacher, how, written where."""
 
     student: str
-    """``hf:DIR`` or ``megatron:DIR``."""
+    """``hf:DIR``, ``megatron:DIR`` or ``nemo2:DIR``."""
 
     teacher: str | None = None
-    """``hf:DIR`` or ``megatron:DIR``; not needed where ``teacher_cache`` is finished."""
+    """``hf:DIR``, ``megatron:DIR`` or ``nemo2:DIR``; not needed with a
+    finished ``teacher_cache``."""
 
     output: Path
     """The directory to write."""

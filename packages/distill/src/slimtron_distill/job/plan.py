@@ -19,7 +19,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     rows = [
         ("student", f"{config.student}, {plan.student.num_parameters:,} parameters"),
         ("teacher", _teacher(plan)),
-        ("output", f"{config.export.kind}:{config.output}"),
+        ("output", f"{config.export.export_format}:{config.output}"),
         (
             "training",
             f"{training.steps} steps of {training.global_batch_size} sequences of "

@@ -151,7 +151,7 @@ class _Job:
         torch.cuda.empty_cache()
         with stage("reload the export and evaluate"), self.work.stage("exported") as output:
             directory = self.work.directory("export")
-            checkpoint = open_checkpoint(f"{self.config.export.kind}:{directory}")
+            checkpoint = open_checkpoint(f"{self.config.export.export_format}:{directory}")
             model = build_chunks(
                 checkpoint.architecture,
                 self.context,
@@ -246,9 +246,10 @@ class _Job:
         )
 
     def _write(self, student: list[nn.Module], directory: Path) -> None:
-        write = {"hf": write_huggingface, "megatron": write_megatron}[self.config.export.kind]
+        kind = self.config.export.export_format
+        write = {"hf": write_huggingface, "megatron": write_megatron}[kind]
         options: dict[str, Any] = {}
-        if self.config.export.kind == "hf":
+        if kind == "hf":
             options["dtype"] = self.plan.export_dtype
         write(
             directory,

@@ -72,7 +72,8 @@ def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that describe a pruning job."""
     what = _add_model(parser)
     _add(what, (("--out", "export.path", str, "DIR", "the directory to write"),))
-    _add(what, (("--format", "export.export_format", str, "KIND", "to write: hf or megatron"),))
+    format_help = "hf for inference engines, or megatron"
+    _add(what, (("--export-format", "export.export_format", str, "KIND", format_help),))
     _add(what, (("--scores", "scores", str, "DIR", "what `slimtron-prune score` wrote"),))
     sizes = parser.add_argument_group("sizes to prune to")
     _add(sizes, _SIZES)
@@ -146,7 +147,7 @@ def _add_model(parser: argparse.ArgumentParser) -> Any:
         "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="the job's settings"
     )
     what = parser.add_argument_group("what")
-    _add(what, (("--model", "model", str, "KIND:DIR", "hf:DIR or megatron:DIR"),))
+    _add(what, (("--model", "model", str, "KIND:DIR", "hf:DIR, megatron:DIR or nemo2:DIR"),))
     return what
 
 

@@ -60,7 +60,7 @@ class ModelJobConfig:
     """Which model, and how it is computed."""
 
     model: str
-    """``hf:DIR`` or ``megatron:DIR``."""
+    """``hf:DIR``, ``megatron:DIR`` or ``nemo2:DIR``."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
