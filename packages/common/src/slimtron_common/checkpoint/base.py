@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimtron_common.config import fingerprint, to_dict
 from slimtron_common.errors import CheckpointError, ConfigError
 from slimtron_common.models.architecture import Architecture
 from slimtron_common.models.huggingface import architecture_from_config
@@ -42,6 +44,9 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 """Files that travel unchanged from a model to what is made of it."""
+
+_WEIGHT_SUFFIXES = (".safetensors", ".distcp")
+_SAMPLES, _SAMPLE_BYTES = 16, 2**16
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -144,6 +149,23 @@ class Checkpoint(ABC):
             for _, rule in model_parameters(self.architecture)
             for shape in rule.hf_shapes
         )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes this model this one, for a job that is resumed or uses what another found.
+
+        The fingerprint is a SHA-256 of the architecture and, of every weight file, its size and
+        1 MiB in 16 pieces: it does not read all of a large model.
+        """
+        digest = hashlib.sha256(fingerprint(to_dict(self.architecture)).encode())
+        for path in sorted(p for p in self.path.rglob("*") if p.suffix in _WEIGHT_SUFFIXES):
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(self.path)} {size}".encode())
+            with path.open("rb") as file:
+                for sample in range(_SAMPLES):
+                    file.seek(sample * max(0, size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                    digest.update(file.read(_SAMPLE_BYTES))
+        return {"parameters": self.num_parameters, "fingerprint": digest.hexdigest()}
 
     @property
     @abstractmethod

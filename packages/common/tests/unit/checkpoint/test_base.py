@@ -112,3 +112,16 @@ def test_companions_are_the_files_beside_the_weights(tiny: Path) -> None:
     names = {file.name for file in open_checkpoint(f"hf:{tiny}").companion_files()}
     assert names >= {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     assert not names & {"config.json", "model.safetensors"}
+
+
+def test_another_weight_is_another_model(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model", num_hidden_layers=1, tokenizer=False)
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    before = open_checkpoint(f"hf:{model}").identity
+    assert open_checkpoint(f"hf:{copy}").identity == before
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    changed = open_checkpoint(f"hf:{copy}").identity
+    assert changed != before
+    assert changed["parameters"] == before["parameters"]

@@ -209,11 +209,7 @@ def _teacher(
         assert config.teacher_cache.path is not None
         identity = TeacherCache(config.teacher_cache.path).identity
         return identity["teacher"], identity["vocab_size"]
-    facts = {
-        "name": teacher.path.resolve().name,
-        "parameters": teacher.num_parameters,
-        "bytes": teacher.weight_bytes,
-    }
+    facts = {"name": teacher.path.resolve().name, **teacher.identity}
     return facts, shared_vocab_size(student, teacher)
 
 
@@ -338,7 +334,7 @@ def _identity(
         del settings["training"][name]
     return {
         "config": settings,
-        "student": {"parameters": student.num_parameters, "bytes": student.weight_bytes},
+        "student": student.identity,
         "teacher": dict(teacher),
         "held_out": held_out.fingerprint,
         "training": training.fingerprint,

@@ -131,10 +131,9 @@ class OpenModel:
 
     def identity(self, **inputs: str | None) -> dict[str, Any]:
         """What makes a job this job: its settings and the fingerprints of its inputs."""
-        checkpoint = self.checkpoint
         return {
             "config": to_dict(self.config),
-            "model": {"parameters": checkpoint.num_parameters, "bytes": checkpoint.weight_bytes},
+            "model": self.checkpoint.identity,
             **inputs,
             "world_size": self.world_size,
             "device": self.device,

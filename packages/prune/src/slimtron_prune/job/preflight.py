@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from slimtron_common.atomic import check_writable
+from slimtron_common.checkpoint import Checkpoint
 from slimtron_common.data import TokenDataset, check_source, held_out_datasets, token_dataset
-from slimtron_common.errors import ConfigError
+from slimtron_common.errors import CheckpointError, ConfigError
 from slimtron_common.evaluation.reference import reference_bytes
+from slimtron_common.manifest import MANIFEST_NAME, read_manifest
 from slimtron_common.memory import check_memory
 from slimtron_common.models import Architecture
 from slimtron_common.workdir import check_resumable
@@ -134,6 +137,7 @@ def preflight(
     scores = None
     if config.scores is not None and config.needs_scores:
         scores = load_scores(config.scores, source)
+        _check_scored_model(config.scores, checkpoint)
     evaluation = config.evaluation
     model.check_length("evaluation.seq_length", evaluation.seq_length)
     shapes = [(evaluation.micro_batch_size, evaluation.seq_length)]
@@ -142,7 +146,7 @@ def preflight(
         shapes.append((config.scoring.micro_batch_size, config.scoring.seq_length))
     logits = reference_bytes(evaluation.num_tokens, source.vocab_size, model.dtype)
     # Weights that are not named tensors yet are written as such first.
-    disk = logits + checkpoint.weight_bytes * (2 if checkpoint.kind == "megatron" else 1)
+    disk = logits + checkpoint.weight_bytes * (1 if checkpoint.kind == "hf" else 2)
     check_writable(
         config.export.path,
         # A resumed run replaces nothing: its output is not there, or is its own.
@@ -211,3 +215,19 @@ def _open_text(
     for where, dataset in zip(wheres, datasets, strict=False):
         model.check_sequences(where, dataset)
     return datasets[0], datasets[1] if len(datasets) > 1 else None
+
+
+def _check_scored_model(directory: Path, checkpoint: Checkpoint) -> None:
+    """Refuses scores of other weights in the same architecture."""
+    if not (directory / MANIFEST_NAME).is_file():
+        return
+    scored = read_manifest(directory).config.get("model")
+    if scored != checkpoint.identity:
+        raise CheckpointError(
+            "the scores are of other weights",
+            where=directory,
+            found=scored,
+            allowed=checkpoint.identity,
+            hint="score this model with `slimtron-prune score`; a copy in another kind of "
+            "checkpoint counts as another model",
+        )

@@ -6,9 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from slimtron_common.checkpoint import open_checkpoint
+from slimtron_common.manifest import write_manifest
+from slimtron_common.models import Architecture
 from slimtron_common.testing import write_tiny_model
 from slimtron_prune.__main__ import main
+from slimtron_prune.scoring.scores import Scores, save_scores, score_shapes
 
 Arguments = Callable[..., list[str]]
 
@@ -100,17 +105,31 @@ def test_experts_are_scored_without_tensor_parallelism(
 def test_scores_of_another_model(
     arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import torch
-
-    from slimtron_common.checkpoint import open_checkpoint
-    from slimtron_prune.scoring.scores import Scores, save_scores, score_shapes
-
     other = open_checkpoint(f"hf:{write_tiny_model(tmp_path / 'other', num_hidden_layers=2)}")
     shapes = score_shapes(other.architecture)
     scores = {name: torch.ones(shape, dtype=torch.float64) for name, shape in shapes.items()}
     save_scores(tmp_path, Scores(other.architecture, scores))
     assert main(arguments("run", "--num-layers", "3", "--scores", str(tmp_path))) == 2
     assert "the scores are of another model" in capsys.readouterr().err
+
+
+def test_scores_of_other_weights(
+    arguments: Arguments,
+    tiny_model: Path,
+    random_scores: Callable[[Architecture], Scores],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint = open_checkpoint(f"hf:{tiny_model}")
+    (tmp_path / "scores").mkdir()
+    save_scores(tmp_path / "scores", random_scores(checkpoint.architecture))
+    scored = {**checkpoint.identity, "fingerprint": "of a finetuned copy"}
+    write_manifest(
+        tmp_path / "scores", kind="scores", config={"model": scored}, metrics={}, seed=None
+    )
+    command = arguments("run", "--num-layers", "3", "--scores", str(tmp_path / "scores"))
+    assert main(command) == 2
+    assert "the scores are of other weights" in capsys.readouterr().err
 
 
 def test_output_in_the_way(

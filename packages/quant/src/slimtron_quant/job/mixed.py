@@ -17,7 +17,7 @@ from slimtron_quant.config import QuantizationConfig
 from slimtron_quant.job.config import QuantJobConfig
 from slimtron_quant.mixed.assignment import assign, candidate_sources, quantization_of
 from slimtron_quant.mixed.config import UNQUANTIZED, MixedPrecisionConfig
-from slimtron_quant.mixed.sensitivity import CandidateSensitivity, Sensitivity, model_fingerprint
+from slimtron_quant.mixed.sensitivity import CandidateSensitivity, Sensitivity
 from slimtron_quant.mixed.storage import Storage, model_storage
 from slimtron_quant.recipes import Scheme, quantization_scheme
 from slimtron_quant.recipes.sources import Source
@@ -178,10 +178,7 @@ def plan_mixed(
     config, seq_length = candidates.config, calibration.seq_length
     text = TokenDataset(calibration.tokens[: max(1, config.sensitivity_tokens // seq_length)])
     expected = Sensitivity(
-        model={
-            "fingerprint": model_fingerprint(checkpoint),
-            "num_parameters": checkpoint.num_parameters,
-        },
+        model=checkpoint.identity,
         text={"fingerprint": calibration.fingerprint, "num_tokens": text.tokens.size},
         candidates={
             name: CandidateSensitivity(recipe=recipe, divergence={})

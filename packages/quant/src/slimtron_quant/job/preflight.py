@@ -224,7 +224,7 @@ def preflight(
         # A recipe file, or ModelOpt, may say something else by the time of a resumption.
         "recipe": fingerprint(to_dict(scheme.modelopt_config())),
         "mixed": mixed.identity() if mixed else None,
-        "model": {"parameters": checkpoint.num_parameters, "bytes": checkpoint.weight_bytes},
+        "model": checkpoint.identity,
         "evaluation": evaluation.fingerprint,
         "calibration": calibration.fingerprint if calibration else None,
         "world_size": world_size,

@@ -3,7 +3,7 @@
 ``sensitivity.json`` holds these keys::
 
     version: 1
-    model: {fingerprint, num_parameters}   # of the weight files, see model_fingerprint
+    model: {parameters, fingerprint}       # see Checkpoint.identity
     text: {fingerprint, num_tokens}        # of the calibration's tokens; tokens measured on
     candidates:
       fp8:
@@ -13,25 +13,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from slimtron_common.checkpoint import Checkpoint
 from slimtron_common.checkpoint.base import read_json
-from slimtron_common.config import fingerprint, to_dict
 from slimtron_common.errors import CheckpointError
 
-__all__ = ["SENSITIVITY_NAME", "CandidateSensitivity", "Sensitivity", "model_fingerprint"]
+__all__ = ["SENSITIVITY_NAME", "CandidateSensitivity", "Sensitivity"]
 
 SENSITIVITY_NAME = "sensitivity.json"
 
 _VERSION = 1
-_WEIGHT_SUFFIXES = (".safetensors", ".distcp")
-_SAMPLES, _SAMPLE_BYTES = 16, 2**16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,20 +129,3 @@ class Sensitivity:
         if candidate not in self.candidates:
             return 0.0
         return self.candidates[candidate].divergence[group]
-
-
-def model_fingerprint(checkpoint: Checkpoint) -> str:
-    """Returns a SHA-256 of a checkpoint that is taken without reading all of it.
-
-    It covers the architecture and, of every weight file, size and 1 MiB in 16 pieces.
-    """
-    digest = hashlib.sha256(fingerprint(to_dict(checkpoint.architecture)).encode())
-    files = (p for p in checkpoint.path.rglob("*") if p.suffix in _WEIGHT_SUFFIXES)
-    for path in sorted(files):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(checkpoint.path)} {size}".encode())
-        with path.open("rb") as file:
-            for sample in range(_SAMPLES):
-                file.seek(sample * max(0, size - _SAMPLE_BYTES) // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
