@@ -16,12 +16,15 @@ from slimtron_common.errors import ConfigError
 __all__ = ["load_yaml"]
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
+            if key.tag == _MERGE:
                 continue
             if key.tag != "tag:yaml.org,2002:str":
                 problem = "a key must be a string: quote it"
@@ -32,6 +35,24 @@ class _Loader(yaml.SafeLoader):
                 continue
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
         return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        # PyYAML 6.0.4 lets the value that is merged win over the one that overrides it.
+        merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        for key, value in node.value:
+            if key.tag != _MERGE:
+                continue
+            sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            # The first of several wins.
+            for source in reversed(sources):
+                if not isinstance(source, yaml.MappingNode):
+                    raise yaml.MarkedYAMLError(
+                        problem="only mappings can be merged", problem_mark=value.start_mark
+                    )
+                self.flatten_mapping(source)
+                merged |= {pair[0].value: pair for pair in source.value}
+        merged |= {pair[0].value: pair for pair in node.value if pair[0].tag != _MERGE}
+        node.value = list(merged.values())
 
 
 _Loader.yaml_implicit_resolvers = {}

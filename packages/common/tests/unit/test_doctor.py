@@ -241,7 +241,7 @@ def test_reading_this_environment() -> None:
     versions, requirements = read_environment()
     for name in ("slimtron-common", "torch", "megatron-core", "pydantic", "pyyaml"):
         assert versions[name] == version(name)
-    assert "slimtron-distill" not in versions
+    assert "nemo-toolkit" not in versions
     assert "gguf" not in {Requirement(text).name for text in requirements["slimtron-common"]}
     assert "torch" in {Requirement(text).name for text in requirements["slimtron-common"]}
     assert requirements.keys() <= versions.keys()

@@ -42,6 +42,10 @@ def test_plain_scalars_mean_what_they_look_like(text: str, value: object) -> Non
 def test_merge_keys_work_and_may_be_overridden() -> None:
     text = "x: {y: &b {<<: &a {p: 1}, p: 2}}\nz: {<<: *b, q: 3}"
     assert load_yaml(text, where="x") == {"x": {"y": {"p": 2}}, "z": {"p": 2, "q": 3}}
+    several = "x: &a {p: 1, q: 1}\ny: &b {p: 2, r: 2}\nz: {<<: [*a, *b], q: 3}"
+    assert load_yaml(several, where="x")["z"] == {"p": 1, "q": 3, "r": 2}
+    with pytest.raises(ConfigError, match="only mappings can be merged"):
+        load_yaml("x: {<<: 3}", where="x")
 
 
 @pytest.mark.parametrize(

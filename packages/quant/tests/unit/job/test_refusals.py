@@ -113,7 +113,7 @@ FLAGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no expert tokens": (["--min-expert-tokens", "0"], ("quantization.min_expert_tokens",)),
     "context parallelism": (["--set", "parallel.context_parallel_size=2"], ("processes",)),
     "too few tokens": (
-        ["--eval-tokens", "32000000"],
+        ["--eval-tokens", "3200000"],
         ("pydoc", "tokens"),
     ),
     "ragged evaluation": (["--eval-tokens", "100"], ("evaluation.num_tokens", "multiple")),
