@@ -26,7 +26,7 @@ def compare(
     teacher: Evaluation,
     records: Sequence[dict[str, Any]],
 ) -> Comparison:
-    """Puts the student before and after, and the teacher, side by side.
+    """Puts the teacher, and the student before and after, side by side.
 
     Args:
         plan: The job.
@@ -45,7 +45,7 @@ def compare(
     reference.metrics.update(num_parameters=plan.teacher_facts["parameters"], kl=0.0, agreement=1.0)
     return Comparison(
         title=f"{plan.student.path.name} distilled from {plan.teacher_facts['name']}",
-        columns=(before, after, reference),
+        columns=(reference, before, after),
         plots=tuple(_plots(records)),
         facts={
             "Student": config.student,

@@ -183,7 +183,7 @@ class _Job:
             directory,
             kind="distilled",
             config=self.plan.identity,
-            metrics=comparison.columns[1].metrics,
+            metrics=comparison.columns[-1].metrics,
             seed=self.config.seed,
         )
         publish_directory(directory, self.config.output, overwrite=overwrite)

@@ -27,7 +27,7 @@ def test_a_student_comes_closer_to_its_teacher_and_is_what_transformers_reads(
     shown = capsys.readouterr().out
     assert "student distilled from teacher" in shown
     assert verify_manifest(out).kind == "distilled"
-    start, distilled, teacher = read_report(out).columns
+    teacher, start, distilled = read_report(out).columns
     assert teacher.metrics["kl"] == 0
     assert start.metrics["kl"] > distilled.metrics["kl"] > 0  # type: ignore[operator]
 
