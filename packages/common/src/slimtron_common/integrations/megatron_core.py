@@ -53,8 +53,10 @@ def load_sharded(sharded: dict[str, Any], directory: Path) -> dict[str, Any]:
                 return {}
 
         options["common_strategy"] = NoCommonState()
-    loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(directory), **options)
-    return loaded
+    names = list(sharded)
+    loaded = dist_checkpointing.load(sharded, str(directory), **options)
+    # 0.19 adds what lies in an older checkpoint's common state.
+    return {name: loaded[name] for name in names if name in loaded}
 
 
 def save_common_state(state: dict[str, Any], directory: Path) -> None:
