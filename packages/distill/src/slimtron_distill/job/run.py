@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimtron_common.atomic import publish_directory
 from slimtron_common.checkpoint import open_checkpoint
 from slimtron_common.checkpoint.huggingface import write_huggingface
 from slimtron_common.checkpoint.megatron import write_megatron
+from slimtron_common.delivery import deliver, delivered
 from slimtron_common.evaluation import Evaluation, evaluate
-from slimtron_common.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from slimtron_common.models.megatron import build_chunks
 from slimtron_common.parallel import ParallelContext, initialize_parallel
 from slimtron_common.progress import stage
-from slimtron_common.report import Comparison, read_report, write_report
+from slimtron_common.report import Comparison
 from slimtron_common.workdir import WorkDir
 from slimtron_distill.job.comparison import compare
 from slimtron_distill.job.preflight import Plan
@@ -56,7 +55,7 @@ def run(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> Compari
             appear; the files are kept in the work directory.
     """
     config = plan.config
-    done = _published(plan) if resume else None
+    done = delivered(config.output, plan.identity) if resume else None
     with initialize_parallel(
         config.parallel,
         device=plan.device,
@@ -88,15 +87,6 @@ def build_student(plan: Plan, context: ParallelContext) -> list[nn.Module]:
     for chunk in chunks:
         plan.student.load(chunk, context)
     return chunks
-
-
-def _published(plan: Plan) -> Comparison | None:
-    """The comparison of a run that ended after its output had appeared, or was ended there."""
-    if not (plan.config.output / MANIFEST_NAME).is_file():
-        return None
-    if read_manifest(plan.config.output).config != plan.identity:
-        return None
-    return read_report(plan.config.output)
 
 
 class _Job:
@@ -178,15 +168,15 @@ class _Job:
     def publish(self, comparison: Comparison, *, overwrite: bool) -> None:
         """Adds report and manifest to the export and gives it its name."""
         directory = self.work.directory("export")
-        write_report(directory, comparison)
-        write_manifest(
+        deliver(
             directory,
+            self.config.output,
+            comparison,
+            self.plan.identity,
             kind="distilled",
-            config=self.plan.identity,
-            metrics=comparison.columns[-1].metrics,
             seed=self.config.seed,
+            overwrite=overwrite,
         )
-        publish_directory(directory, self.config.output, overwrite=overwrite)
 
     def _train(self, trainer: Trainer) -> None:
         config, training = self.config, self.config.training

@@ -7,26 +7,24 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimtron_common.atomic import publish_directory
 from slimtron_common.checkpoint import Checkpoint, open_checkpoint
 from slimtron_common.checkpoint.base import CONFIG_NAME
 from slimtron_common.checkpoint.huggingface import write_json
 from slimtron_common.checkpoint.megatron import write_megatron
 from slimtron_common.checkpoint.writer import copy_files, write_safetensors
 from slimtron_common.data import TokenDataset
+from slimtron_common.delivery import deliver, delivered
 from slimtron_common.evaluation import Evaluation, evaluate
-from slimtron_common.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from slimtron_common.models import Architecture
 from slimtron_common.models.huggingface import config_from_architecture
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import ParallelContext, initialize_parallel
 from slimtron_common.progress import stage
-from slimtron_common.report import Comparison, read_report, write_report
+from slimtron_common.report import Comparison
 from slimtron_common.workdir import WorkDir
 from slimtron_prune.cutting import Cutter
 from slimtron_prune.job.candidates import measure_selection, shape_name
@@ -54,7 +52,7 @@ def run_scores(plan: ScorePlan, *, resume: bool = False, overwrite: bool = False
         The report, on every process.
     """
     config, model = plan.config, plan.model
-    done = _published(config.path, plan.identity) if resume else None
+    done = delivered(config.path, plan.identity) if resume else None
     with initialize_parallel(config.parallel, device=model.device, seed=config.seed) as context:
         work = WorkDir(config.path, plan.identity, context, resume=resume)
         if done is None:
@@ -71,7 +69,7 @@ def run_scores(plan: ScorePlan, *, resume: bool = False, overwrite: bool = False
                 if context.is_main:
                     save_scores(output.directory, scores)
             if context.is_main:
-                _publish(
+                deliver(
                     work.directory("output"),
                     config.path,
                     done,
@@ -106,7 +104,7 @@ def run(plan: PrunePlan, *, resume: bool = False, overwrite: bool = False) -> Co
     """
     config = plan.config
     path = config.export.path
-    done = _published(path, plan.identity) if resume else None
+    done = delivered(path, plan.identity) if resume else None
     device = plan.model.device
     with initialize_parallel(config.parallel, device=device, seed=config.seed) as context:
         work = WorkDir(path, plan.identity, context, resume=resume)
@@ -120,7 +118,7 @@ def run(plan: PrunePlan, *, resume: bool = False, overwrite: bool = False) -> Co
             job.reload(selection.target)
             done = job.comparison(selection, scores, found)
             if context.is_main:
-                _publish(
+                deliver(
                     work.directory(job.delivered),
                     path,
                     done,
@@ -131,30 +129,6 @@ def run(plan: PrunePlan, *, resume: bool = False, overwrite: bool = False) -> Co
                 )
         work.remove()
     return done
-
-
-def _published(path: Path, identity: Mapping[str, Any]) -> Comparison | None:
-    """The report of a run that ended after its output had appeared, or was ended there."""
-    if not (path / MANIFEST_NAME).is_file() or read_manifest(path).config != identity:
-        return None
-    return read_report(path)
-
-
-def _publish(
-    directory: Path,
-    path: Path,
-    comparison: Comparison,
-    identity: Mapping[str, Any],
-    *,
-    kind: str,
-    seed: int,
-    overwrite: bool,
-) -> None:
-    """Adds report and manifest to a finished stage and gives it its name."""
-    write_report(directory, comparison)
-    metrics = comparison.columns[-1].metrics
-    write_manifest(directory, kind=kind, config=identity, metrics=metrics, seed=seed)
-    publish_directory(directory, path, overwrite=overwrite)
 
 
 class _Job:

@@ -11,13 +11,13 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from slimtron_common.atomic import atomic_write, publish_directory
+from slimtron_common.atomic import atomic_write
+from slimtron_common.delivery import deliver, delivered
 from slimtron_common.evaluation import Evaluation, evaluate
-from slimtron_common.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import ParallelContext, initialize_parallel
 from slimtron_common.progress import stage
-from slimtron_common.report import Comparison, read_report, write_report
+from slimtron_common.report import Comparison
 from slimtron_common.workdir import WorkDir
 from slimtron_quant.calibration.experts import ExpertTokens
 from slimtron_quant.calibration.maxima import ForwardLoop
@@ -57,7 +57,7 @@ def run(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> Compari
             appear; the files are kept in the work directory.
     """
     config = plan.config
-    done = _published(plan) if resume else None
+    done = delivered(config.output, plan.identity) if resume else None
     with initialize_parallel(config.parallel, device=plan.device, seed=config.seed) as context:
         work = WorkDir(config.output, plan.identity, context, resume=resume)
         if done is None:
@@ -71,15 +71,6 @@ def run(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> Compari
                 job.publish(done, overwrite=overwrite)
         work.remove()
     return done
-
-
-def _published(plan: Plan) -> Comparison | None:
-    """The comparison of a run that ended after its output had appeared, or was ended there."""
-    if not (plan.config.output / MANIFEST_NAME).is_file():
-        return None
-    if read_manifest(plan.config.output).config != plan.identity:
-        return None
-    return read_report(plan.config.output)
 
 
 class _Job:
@@ -201,19 +192,19 @@ class _Job:
 
     def publish(self, comparison: Comparison, *, overwrite: bool) -> None:
         """Adds report and manifest to the export and gives it its name."""
-        directory, metrics = self.work.directory("export"), comparison.columns[-1].metrics
-        write_report(directory, comparison)
+        directory = self.work.directory("export")
         if self._assignment is not None:
             text = self._assignment.sensitivity.to_json()
             atomic_write(directory / SENSITIVITY_NAME, text)
-        write_manifest(
+        deliver(
             directory,
+            self.config.output,
+            comparison,
+            self.plan.identity,
             kind="quantized",
-            config=self.plan.identity,
-            metrics=metrics,
             seed=self.config.seed,
+            overwrite=overwrite,
         )
-        publish_directory(directory, self.config.output, overwrite=overwrite)
 
     def _original(self) -> nn.Module:
         if self._model is None:
