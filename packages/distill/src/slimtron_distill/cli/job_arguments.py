@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from slimtron_common.job_arguments import (
+    Flag,
+    add_config,
+    add_flags,
+    add_sequence_parallel,
+    add_set,
+    config_flags,
+)
 
 if TYPE_CHECKING:
     from slimtron_distill.job.config import DistillJobConfig
 
 __all__ = ["add_job_arguments", "job_config"]
 
-# Flag, field of DistillJobConfig, type, metavar, help.
-_FLAGS: tuple[tuple[str, tuple[tuple[str, str, type, str, str], ...]], ...] = (
+_FLAGS: tuple[tuple[str, tuple[Flag, ...]], ...] = (
     (
         "what",
         (
@@ -84,29 +91,13 @@ _FLAGS: tuple[tuple[str, tuple[tuple[str, str, type, str, str], ...]], ...] = (
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that describe a job."""
-    parser.add_argument(
-        "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="the job's settings"
-    )
+    add_config(parser)
     for title, flags in _FLAGS:
         group = parser.add_argument_group(title)
-        for flag, field, kind, metavar, text in flags:
-            group.add_argument(flag, dest=field, type=kind, metavar=metavar, help=text)
+        add_flags(group, flags)
         if title == "machine":
-            group.add_argument(
-                "--sequence-parallel",
-                dest="parallel.sequence_parallel",
-                action="store_true",
-                default=None,
-                help="cut activations over the tensor-parallel processes",
-            )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="sets any field of the config, such as distillation.criterion.temperature=2",
-    )
+            add_sequence_parallel(group)
+    add_set(parser, example="distillation.criterion.temperature=2")
 
 
 def job_config(args: argparse.Namespace) -> DistillJobConfig:
@@ -118,9 +109,5 @@ def job_config(args: argparse.Namespace) -> DistillJobConfig:
     from slimtron_common.config import build_config
     from slimtron_distill.job.config import DistillJobConfig
 
-    flags = {
-        field: value
-        for field, value in vars(args).items()
-        if field != "config" and field.split(".")[0] in DistillJobConfig.__dataclass_fields__
-    }
+    flags = config_flags(args, DistillJobConfig)
     return build_config(DistillJobConfig, file=args.config, overrides=args.overrides, flags=flags)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from slimtron_common.job_arguments import add_restart
 from slimtron_distill.cli.job_arguments import add_job_arguments, job_config
 
 HELP = "train a student on its teacher's logits, prove it before and after, and export it"
@@ -22,13 +23,7 @@ exit codes: 0 done, 1 failed, 2 refused
 def register(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's arguments."""
     add_job_arguments(parser)
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the unfinished run of this output, in this layout or another",
-    )
-    existing.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    add_restart(parser, layouts=", in this layout or another")
 
 
 def execute(args: argparse.Namespace) -> int:

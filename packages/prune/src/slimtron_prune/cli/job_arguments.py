@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from slimtron_common.job_arguments import (
+    Flag,
+    add_config,
+    add_flags,
+    add_sequence_parallel,
+    add_set,
+    config_flags,
+)
 
 if TYPE_CHECKING:
     from slimtron_prune.job.config import PruneJobConfig, ScoreJobConfig
 
-__all__ = ["add_prune_arguments", "add_restart_arguments", "add_score_arguments", "prune_config",
-           "score_config"]  # fmt: skip
+__all__ = ["add_prune_arguments", "add_score_arguments", "prune_config", "score_config"]
 
-# Flag, field of the config, type, metavar, help.
-_Flags = tuple[tuple[str, str, Any, str, str], ...]
-
-_SIZES: _Flags = (
+_SIZES: tuple[Flag, ...] = (
     ("--ffn-hidden-size", "pruning.target_ffn_hidden_size", int, "N", "feed-forward width"),
     ("--hidden-size", "pruning.target_hidden_size", int, "N", "width of the residual stream"),
     ("--num-attention-heads", "pruning.target_num_attention_heads", int, "N", "query heads"),
@@ -26,7 +30,7 @@ _SIZES: _Flags = (
      "width of an expert"),
 )  # fmt: skip
 
-_BUDGET: _Flags = (
+_BUDGET: tuple[Flag, ...] = (
     ("--target-params", "search.target_params", str, "N", "most parameters, such as 100M"),
     ("--target-memory", "search.target_memory", str, "SIZE",
      "most bytes of weights and KV cache, such as 1GiB"),
@@ -36,7 +40,7 @@ _BUDGET: _Flags = (
     ("--candidates", "search.num_candidates", int, "N", "shapes to cut and measure"),
 )  # fmt: skip
 
-_SCORING: _Flags = (
+_SCORING: tuple[Flag, ...] = (
     ("--data", "scoring.source", str, "SOURCE",
      "text to score and evaluate with: pydoc, a .txt, .jsonl or .parquet file, or "
      "hf:NAME[,CONFIG][:SPLIT]"),
@@ -45,21 +49,21 @@ _SCORING: _Flags = (
     ("--score-batch-size", "scoring.micro_batch_size", int, "N", "sequences in a micro-batch"),
 )  # fmt: skip
 
-_EVALUATION: _Flags = (
+_EVALUATION: tuple[Flag, ...] = (
     ("--eval-data", "evaluation.source", str, "SOURCE", "other text to evaluate with"),
     ("--eval-tokens", "evaluation.num_tokens", int, "N", "tokens to evaluate on"),
     ("--eval-seq-len", "evaluation.seq_length", int, "N", "tokens in a sequence"),
     ("--eval-batch-size", "evaluation.micro_batch_size", int, "N", "sequences in a micro-batch"),
 )
 
-_GATE: _Flags = (
+_GATE: tuple[Flag, ...] = (
     ("--max-perplexity-increase", "gate.max_perplexity_increase", str, "SHARE",
      "exit with 3 if the perplexity rises by more, such as 50%%"),
     ("--min-agreement", "gate.min_agreement", str, "SHARE",
      "exit with 3 if fewer of the likeliest tokens stay the same, such as 0.7"),
 )  # fmt: skip
 
-_MACHINE: _Flags = (
+_MACHINE: tuple[Flag, ...] = (
     ("--tp", "parallel.tensor_parallel_size", int, "N", "tensor-parallel processes"),
     ("--pp", "parallel.pipeline_parallel_size", int, "N", "pipeline stages"),
     ("--dtype", "dtype", str, "TYPE", "to compute in: auto, float32, bfloat16, float16"),
@@ -71,12 +75,12 @@ _MACHINE: _Flags = (
 def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that describe a pruning job."""
     what = _add_model(parser)
-    _add(what, (("--out", "export.path", str, "DIR", "the directory to write"),))
+    add_flags(what, (("--out", "export.path", str, "DIR", "the directory to write"),))
     format_help = "hf for inference engines, or megatron"
-    _add(what, (("--export-format", "export.export_format", str, "KIND", format_help),))
-    _add(what, (("--scores", "scores", str, "DIR", "what `slimtron-prune score` wrote"),))
+    add_flags(what, (("--export-format", "export.export_format", str, "KIND", format_help),))
+    add_flags(what, (("--scores", "scores", str, "DIR", "what `slimtron-prune score` wrote"),))
     sizes = parser.add_argument_group("sizes to prune to")
-    _add(sizes, _SIZES)
+    add_flags(sizes, _SIZES)
     sizes.add_argument(
         "--drop-layers",
         dest="pruning.drop_layers",
@@ -85,7 +89,7 @@ def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead of sizes: the layers that go, counted from 1",
     )
     budget = parser.add_argument_group("or a budget, for which the sizes are searched")
-    _add(budget, _BUDGET)
+    add_flags(budget, _BUDGET)
     budget.add_argument(
         "--bound",
         dest="search.bounds",
@@ -95,27 +99,18 @@ def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
         help="sizes to search among, such as num_layers=20:30; may be repeated",
     )
     text = parser.add_argument_group("text")
-    _add(text, _SCORING)
-    _add(text, _EVALUATION)
-    _add(parser.add_argument_group("quality gate"), _GATE)
+    add_flags(text, _SCORING)
+    add_flags(text, _EVALUATION)
+    add_flags(parser.add_argument_group("quality gate"), _GATE)
     _add_machine(parser)
 
 
 def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that describe a scoring job."""
     what = _add_model(parser)
-    _add(what, (("--out", "path", str, "DIR", "the directory to write"),))
-    _add(parser.add_argument_group("text"), _SCORING)
+    add_flags(what, (("--out", "path", str, "DIR", "the directory to write"),))
+    add_flags(parser.add_argument_group("text"), _SCORING)
     _add_machine(parser)
-
-
-def add_restart_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what to do about output that is there."""
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument(
-        "--resume", action="store_true", help="go on with the unfinished run of this output"
-    )
-    existing.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
 def prune_config(args: argparse.Namespace) -> PruneJobConfig:
@@ -127,7 +122,7 @@ def prune_config(args: argparse.Namespace) -> PruneJobConfig:
     from slimtron_common.config import build_config
     from slimtron_prune.job.config import PruneJobConfig
 
-    flags = _flags(args, PruneJobConfig)
+    flags = config_flags(args, PruneJobConfig)
     if (bounds := flags.get("search.bounds")) is not None:
         flags["search.bounds"] = dict(bounds)
     return build_config(PruneJobConfig, file=args.config, overrides=args.overrides, flags=flags)
@@ -138,50 +133,22 @@ def score_config(args: argparse.Namespace) -> ScoreJobConfig:
     from slimtron_common.config import build_config
     from slimtron_prune.job.config import ScoreJobConfig
 
-    flags = _flags(args, ScoreJobConfig)
+    flags = config_flags(args, ScoreJobConfig)
     return build_config(ScoreJobConfig, file=args.config, overrides=args.overrides, flags=flags)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> Any:
-    parser.add_argument(
-        "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="the job's settings"
-    )
+    add_config(parser)
     what = parser.add_argument_group("what")
-    _add(what, (("--model", "model", str, "KIND:DIR", "hf:DIR, megatron:DIR or nemo2:DIR"),))
+    add_flags(what, (("--model", "model", str, "KIND:DIR", "hf:DIR, megatron:DIR or nemo2:DIR"),))
     return what
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
-    _add(machine, _MACHINE)
-    machine.add_argument(
-        "--sequence-parallel",
-        dest="parallel.sequence_parallel",
-        action="store_true",
-        default=None,
-        help="cut activations over the tensor-parallel processes",
-    )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="sets any field of the config, such as export.check_transformers=false",
-    )
-
-
-def _add(group: Any, flags: _Flags) -> None:
-    for flag, field, kind, metavar, text in flags:
-        group.add_argument(flag, dest=field, type=kind, metavar=metavar, help=text)
-
-
-def _flags(args: argparse.Namespace, cls: Any) -> dict[str, Any]:
-    return {
-        field: value
-        for field, value in vars(args).items()
-        if field.split(".")[0] in cls.__dataclass_fields__
-    }
+    add_flags(machine, _MACHINE)
+    add_sequence_parallel(machine)
+    add_set(parser, example="export.check_transformers=false")
 
 
 def _numbers(text: str) -> list[int]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 
+from slimtron_common.job_arguments import add_restart
 from slimtron_prune.cli.job_arguments import (
     add_prune_arguments,
-    add_restart_arguments,
     prune_config,
 )
 
@@ -30,7 +30,7 @@ exit codes: 0 done, 1 failed, 2 refused, 3 done but a quality gate was missed
 def register(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's arguments."""
     add_prune_arguments(parser)
-    add_restart_arguments(parser)
+    add_restart(parser)
 
 
 def execute(args: argparse.Namespace) -> int:

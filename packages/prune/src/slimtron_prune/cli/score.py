@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from slimtron_common.job_arguments import add_restart
 from slimtron_prune.cli.job_arguments import (
-    add_restart_arguments,
     add_score_arguments,
     score_config,
 )
@@ -24,7 +24,7 @@ exit codes: 0 done, 1 failed, 2 refused
 def register(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's arguments."""
     add_score_arguments(parser)
-    add_restart_arguments(parser)
+    add_restart(parser)
 
 
 def execute(args: argparse.Namespace) -> int:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slimtron_common.job_arguments import (
+    Flag,
+    add_config,
+    add_flags,
+    add_sequence_parallel,
+    add_set,
+    config_flags,
+)
 from slimtron_quant.recipes.kv_cache import KV_CACHE_QFORMATS
 
 if TYPE_CHECKING:
@@ -13,8 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_job_arguments", "job_config"]
 
-# Flag, field of QuantJobConfig, type, metavar, help.
-_FLAGS: tuple[tuple[str, tuple[tuple[str, str, type, str, str], ...]], ...] = (
+_FLAGS: tuple[tuple[str, tuple[Flag, ...]], ...] = (
     (
         "what",
         (
@@ -87,13 +93,10 @@ _FLAGS: tuple[tuple[str, tuple[tuple[str, str, type, str, str], ...]], ...] = (
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that describe a job."""
-    parser.add_argument(
-        "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="the job's settings"
-    )
+    add_config(parser)
     for title, flags in _FLAGS:
         group = parser.add_argument_group(title)
-        for flag, field, kind, metavar, text in flags:
-            group.add_argument(flag, dest=field, type=kind, metavar=metavar, help=text)
+        add_flags(group, flags)
         if title == "what":
             group.add_argument(
                 "--block-size",
@@ -139,21 +142,8 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
                 help="calibrate every expert on every token; outputs stay as routed",
             )
         if title == "machine":
-            group.add_argument(
-                "--sequence-parallel",
-                dest="parallel.sequence_parallel",
-                action="store_true",
-                default=None,
-                help="cut activations over the tensor-parallel processes",
-            )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="sets any field of the config, such as parallel.tensor_parallel_size=2",
-    )
+            add_sequence_parallel(group)
+    add_set(parser, example="parallel.tensor_parallel_size=2")
 
 
 def job_config(args: argparse.Namespace) -> QuantJobConfig:
@@ -165,11 +155,7 @@ def job_config(args: argparse.Namespace) -> QuantJobConfig:
     from slimtron_common.config import build_config
     from slimtron_quant.job.config import QuantJobConfig
 
-    flags = {
-        field: value
-        for field, value in vars(args).items()
-        if field.split(".")[0] in QuantJobConfig.__dataclass_fields__
-    }
+    flags = config_flags(args, QuantJobConfig)
     if (overrides := flags["quantization.overrides"]) is not None:
         flags["quantization.overrides"] = dict(overrides)
     if (candidates := flags["mixed.candidates"]) is not None:

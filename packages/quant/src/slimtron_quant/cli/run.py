@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
+from slimtron_common.job_arguments import add_restart
 from slimtron_quant.cli.job_arguments import add_job_arguments, job_config
 
 logger = logging.getLogger(__name__)
@@ -27,11 +28,7 @@ exit codes: 0 done, 1 failed, 2 refused, 3 done but a quality gate was missed
 def register(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's arguments."""
     add_job_arguments(parser)
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument(
-        "--resume", action="store_true", help="go on with the unfinished run of this output"
-    )
-    existing.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    add_restart(parser)
 
 
 def execute(args: argparse.Namespace) -> int:
