@@ -24,6 +24,7 @@ __all__ = [
     "atomic_write",
     "check_writable",
     "publish_directory",
+    "recover",
     "remove_directory",
 ]
 
@@ -105,7 +106,7 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         CheckpointError: As `check_writable`.
     """
     path = path.resolve()
-    _recover(path)
+    recover(path)
     check_writable(path, overwrite=overwrite)
     temporary = _sibling(path, "tmp")
     temporary.mkdir()
@@ -133,7 +134,7 @@ def publish_directory(source: Path, path: Path, *, overwrite: bool = False) -> N
         CheckpointError: As `check_writable`.
     """
     path = path.resolve()
-    _recover(path)
+    recover(path)
     check_writable(path, overwrite=overwrite)
     _flush_tree(source)
     # An exchange would leave the old directory under the name of the finished one.
@@ -148,7 +149,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         data: The content; text is written as UTF-8.
     """
     path = path.resolve()
-    _recover(path)
+    recover(path)
     temporary = _sibling(path, "tmp")
     try:
         with open(temporary, "xb") as file:
@@ -170,6 +171,20 @@ def remove_directory(path: Path) -> None:
     doomed = _sibling(path, "tmp")
     path.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def recover(path: Path) -> None:
+    """Removes, or puts back, what killed writers of ``path`` on this machine left beside it."""
+    for old in _leftovers(path, "old"):
+        if path.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(path)
+    for temporary in _leftovers(path, "tmp"):
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink()
 
 
 def _check_replaceable(path: Path) -> None:
@@ -206,19 +221,6 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def _recover(path: Path) -> None:
-    for old in _leftovers(path, "old"):
-        if path.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(path)
-    for temporary in _leftovers(path, "tmp"):
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink()
 
 
 def _move_into_place(source: Path, path: Path, *, overwrite: bool, exchange: bool) -> None:

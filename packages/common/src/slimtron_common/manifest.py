@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from slimtron_common.atomic import MANIFEST_NAME, atomic_write
+from slimtron_common.atomic import MANIFEST_NAME, atomic_write, recover
 from slimtron_common.errors import CheckpointError
 from slimtron_common.integrations.versions import installed_versions
 
@@ -92,6 +92,8 @@ def write_manifest(
     """
     from pydantic_core import to_json
 
+    # What a killed writer left is gone once this is written, and must not be listed.
+    recover(directory / MANIFEST_NAME)
     manifest = Manifest(
         format=_FORMAT,
         kind=kind,

@@ -3,6 +3,9 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -60,6 +63,24 @@ def test_writing_again_changes_no_byte(output: Path) -> None:
     write(output)
     assert (output / "slimtron.json").read_bytes() == before
     assert json.loads(before)["format"] == 1
+
+
+def test_what_a_killed_writer_left_is_removed_and_not_listed(output: Path) -> None:
+    before = (output / "slimtron.json").read_bytes()
+    program = """
+import os, signal, sys
+from pathlib import Path
+from slimtron_common import atomic
+
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+atomic.atomic_write(Path(sys.argv[1]) / "slimtron.json", "half")
+"""
+    child = subprocess.run([sys.executable, "-c", program, str(output)], check=False)
+    assert child.returncode == -signal.SIGKILL
+    assert len(list(output.glob(".slimtron.json.tmp-*"))) == 1
+    write(output)
+    verify_manifest(output)
+    assert (output / "slimtron.json").read_bytes() == before
 
 
 def _flip_a_bit(output: Path) -> None:
