@@ -40,8 +40,13 @@ def training_memory(
     optimizer = (8 if dtype is torch.float32 else 12) * trained / data_parallel_size
     tokens = config.training.micro_batch_size * config.training.seq_length
     columns = student.architecture.vocab_size / config.parallel.tensor_parallel_size
-    # Both models' logits, the student's gradient, and a float32 copy for the loss.
-    logits = tokens * columns * (3 * dtype.itemsize + 4)
+    logits = 2.0 * tokens * columns * dtype.itemsize
+    if teacher is not None and config.distillation.skip_lm_loss:
+        # The student's become their gradient.
+        logits = min(logits, config.training.logit_bytes)
+    else:
+        # And the student's gradient, and a float32 copy for the loss.
+        logits += tokens * columns * (dtype.itemsize + 4)
     flash = device == "cuda" and config.layer_spec != "local" and transformer_engine_available()
     return {
         "student": trained * dtype.itemsize,

@@ -330,7 +330,7 @@ def _identity(
     training: TokenDataset,
 ) -> dict[str, Any]:
     settings = {k: v for k, v in to_dict(config).items() if k not in _CHANGEABLE}
-    for name in ("micro_batch_size", "recompute"):
+    for name in ("micro_batch_size", "recompute", "logit_memory"):
         del settings["training"][name]
     return {
         "config": settings,
