@@ -6,9 +6,10 @@
     torchrun --nproc-per-node 2 benchmarks/distillation.py --tp 2
 
 Random tokens run through models with random weights, with everything that a job does in a step:
-teacher, student, loss, backward, reduction, clipping, AdamW. The loss is the forward KL of the logits:
-with output layers and loss in one (as jobs do), on whole logits, and NeMo's own on whole logits, where
-nemo-toolkit is there (only the file with its loss is loaded). The first steps are not counted.
+teacher, student, loss, backward, reduction, clipping, AdamW. The loss is the forward KL of the
+logits: with output layers and loss in one (as jobs do), on whole logits, and on whole logits by the
+code of NeMo, where nemo-toolkit is there (only the file with its loss is loaded). The first steps
+are not counted.
 """
 
 from __future__ import annotations
