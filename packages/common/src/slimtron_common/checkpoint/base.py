@@ -150,6 +150,24 @@ class Checkpoint(ABC):
             for shape in rule.hf_shapes
         )
 
+    def check_unquantized(self, where: str, *, loss: str) -> None:
+        """Checks that the checkpoint gives a model no quantizers.
+
+        Args:
+            where: The field that named the checkpoint, for the message.
+            loss: What would become of them.
+
+        Raises:
+            ConfigError: It holds quantizers.
+        """
+        if self.is_quantized:
+            raise ConfigError(
+                f"the checkpoint holds quantizers, which {loss}",
+                where=where,
+                found=f"{self.kind}:{self.path}",
+                hint="`slimtron-quant export` writes it for inference engines",
+            )
+
     @property
     def identity(self) -> dict[str, Any]:
         """What makes this model this one, for a job that is resumed or uses what another found.

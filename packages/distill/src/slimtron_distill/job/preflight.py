@@ -133,6 +133,11 @@ def preflight(
             num_stages=parallel.pipeline_parallel_size * config.virtual_pipeline_size,
         )
     models = [student] if teacher is None else [student, teacher]
+    if config.export.export_format == "hf":
+        student.check_unquantized(
+            "student", loss="an hf export would lose: --export-format megatron keeps them"
+        )
+    _check_modelopt(models)
     _check_layout(config, models)
     _check_lengths(config, models)
     teacher_facts, vocab_size = _teacher(config, student, teacher)
@@ -198,6 +203,16 @@ def _check_tensorboard(config: DistillJobConfig) -> None:
             "TensorBoard is not installed",
             where="logging.tensorboard",
             hint="pip install 'slimtron-distill[tensorboard]'",
+        )
+
+
+def _check_modelopt(models: Sequence[Checkpoint]) -> None:
+    quantized = [model.path for model in models if model.is_quantized]
+    if quantized and not installed_versions(("nvidia-modelopt",)):
+        raise MissingDependencyError(
+            "the checkpoint is quantized: NVIDIA ModelOpt computes its quantizers",
+            where=quantized[0],
+            hint="pip install 'slimtron-distill[qad]'",
         )
 
 
