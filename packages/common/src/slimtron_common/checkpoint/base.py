@@ -118,6 +118,9 @@ class Checkpoint(ABC):
     is_quantized = False
     """Whether ``load`` gives the model quantizers."""
 
+    weights_are_bytes = False
+    """Whether all that these round fits into eight bits a weight."""
+
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         if not path.is_dir():
             found = "a file" if path.exists() else "nothing"

@@ -52,11 +52,21 @@ def training_memory(
         "student": trained * dtype.itemsize,
         "gradients": trained * 4.0,
         "optimizer": optimizer,
-        "teacher": shard_parameters(teacher, config.parallel) * dtype.itemsize if teacher else 0.0,
+        "teacher": _teacher(teacher, config, dtype) if teacher else 0.0,
         "logits": logits,
         "activations": _activations(config, student.architecture, dtype, flash=flash)
         + (_layer(config, teacher.architecture, dtype, scores=not flash) if teacher else 0.0),
     }
+
+
+def _teacher(teacher: Checkpoint, config: DistillJobConfig, dtype: torch.dtype) -> float:
+    parameters = shard_parameters(teacher, config.parallel)
+    if not teacher.weights_are_bytes:
+        return parameters * dtype.itemsize
+    a = teacher.architecture
+    whole = a.vocab_size * a.hidden_size * (1 if a.tied_embeddings else 2)
+    # Embedding and output layer are not quantized.
+    return parameters + whole / config.parallel.tensor_parallel_size * (dtype.itemsize - 1)
 
 
 def _activations(

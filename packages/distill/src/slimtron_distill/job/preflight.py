@@ -20,7 +20,7 @@ from slimtron_common.errors import (
 )
 from slimtron_common.evaluation.reference import reference_bytes
 from slimtron_common.integrations.versions import installed_versions
-from slimtron_common.memory import check_memory
+from slimtron_common.memory import check_memory, shard_parameters
 from slimtron_common.parallel.context import (
     check_world_size,
     resolve_device,
@@ -167,6 +167,10 @@ def preflight(
         hint="raise tensor_parallel_size or pipeline_parallel_size, lower micro_batch_size or "
         "seq_length, or set training.recompute",
     )
+    if teacher is not None and teacher.weights_are_bytes:
+        # The student comes when its weights are packed.
+        loading = shard_parameters(teacher, parallel) * dtype.itemsize
+        check_memory({"teacher": loading}, device, hint="raise tensor_parallel_size")
     held_out, training = open_text(config, student.tokenizer())
     if held_out.num_sequences < data_parallel_size:
         raise ConfigError(

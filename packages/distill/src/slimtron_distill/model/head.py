@@ -19,7 +19,12 @@ def linear_head(model: Any) -> bool:
     config = model.config
     if config.mtp_num_layers or getattr(config, "use_mup", False):
         return False
-    return not model.post_process or type(model.output_layer) is ColumnParallelLinear
+    if not model.post_process:
+        return True
+    # A quantized model's has quantizers, too, which are off as a rule.
+    return isinstance(model.output_layer, ColumnParallelLinear) and not any(
+        getattr(part, "is_enabled", True) for part in model.output_layer.children()
+    )
 
 
 def output_head(model: Any) -> tuple[Tensor, Tensor | None]:
