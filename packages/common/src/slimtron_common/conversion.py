@@ -15,6 +15,7 @@ from slimtron_common.checkpoint import Checkpoint, open_checkpoint, parse_spec
 from slimtron_common.checkpoint.base import WRITTEN_KINDS
 from slimtron_common.checkpoint.huggingface import write_huggingface
 from slimtron_common.checkpoint.megatron import write_megatron
+from slimtron_common.checkpoint.nemo2 import write_nemo2
 from slimtron_common.checkpoint.writer import MAX_SHARD_BYTES, collective_directory
 from slimtron_common.errors import ConfigError, VerificationError
 from slimtron_common.memory import check_memory, shard_parameters
@@ -36,6 +37,8 @@ from slimtron_common.progress import stage
 
 __all__ = ["Conversion", "ConversionPlan", "convert", "plan_conversion"]
 
+_WRITERS = {"hf": write_huggingface, "megatron": write_megatron, "nemo2": write_nemo2}
+
 _NUM_SEQUENCES = 2
 _SEQ_LENGTH = 24
 
@@ -46,7 +49,7 @@ class ConversionPlan:
 
     source: Checkpoint
     kind: str
-    """What to write: ``hf`` or ``megatron``."""
+    """What to write: ``hf``, ``megatron`` or ``nemo2``."""
 
     path: Path
     dtype: torch.dtype
@@ -91,7 +94,7 @@ def plan_conversion(
 
     Args:
         source: ``hf:DIR``, ``megatron:DIR`` or ``nemo2:DIR``.
-        target: ``hf:DIR`` or ``megatron:DIR`` to write.
+        target: ``hf:DIR``, ``megatron:DIR`` or ``nemo2:DIR`` to write.
         dtype: torch's name of the type to write; the source's without it.
         parallel: How the model is cut while it is converted.
         device: Where the logits are compared.
@@ -237,7 +240,7 @@ def _load(checkpoint: Checkpoint, context: ParallelContext, dtype: torch.dtype) 
 def _write(
     plan: ConversionPlan, model: nn.Module, directory: Path, context: ParallelContext
 ) -> None:
-    write = {"hf": write_huggingface, "megatron": write_megatron}[plan.kind]
+    write = _WRITERS[plan.kind]
     companions = plan.source.companion_files()
     write(directory, model, plan.source.architecture, context, companions=companions)
 

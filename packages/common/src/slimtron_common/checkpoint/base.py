@@ -51,7 +51,7 @@ _SAMPLES, _SAMPLE_BYTES = 16, 2**16
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 KINDS = ("hf", "megatron", "nemo2")
-WRITTEN_KINDS = ("hf", "megatron")
+WRITTEN_KINDS = KINDS
 
 
 def parse_spec(

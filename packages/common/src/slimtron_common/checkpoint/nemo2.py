@@ -1,30 +1,46 @@
-"""Checkpoints of NeMo 2, read without NeMo.
+"""Checkpoints of NeMo 2, read and written without NeMo.
 
 ``DIR/context/model.yaml`` says what the model is, the tokenizer lies in ``DIR/context``, and
 ``DIR/weights`` is a ``torch_dist`` checkpoint with the names of the model under ``module.``,
-beside the optimizer's state, which is not read. The pickles of the context are never opened.
+beside the optimizer's state, which is not read. The pickles of the context are never opened. A
+quantized model's quantizers lie in ``DIR/weights`` as in ``megatron:`` checkpoints.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from slimtron_common.checkpoint.base import Checkpoint, has_tokenizer, load_tokenizer
-from slimtron_common.checkpoint.megatron import load_distributed
+from slimtron_common.checkpoint.megatron import (
+    WEIGHTS_DIR,
+    WRAPPER,
+    check_quantizers,
+    load_distributed,
+    write_weights,
+)
 from slimtron_common.checkpoint.metadata import StoredTensor, check_metadata
+from slimtron_common.checkpoint.nemo2_context import write_context
+from slimtron_common.checkpoint.writer import collective_directory, copy_files
 from slimtron_common.errors import CheckpointError, ConfigError
+from slimtron_common.integrations.megatron_core import save_common_state
+from slimtron_common.integrations.modelopt_state import is_quantized, quantizer_settings
+from slimtron_common.manifest import write_manifest
 from slimtron_common.models.architecture import Architecture
 from slimtron_common.models.nemo import architecture_from_nemo
+from slimtron_common.models.nemo_classes import Target, nemo_model
 from slimtron_common.parallel.context import ParallelContext
+from slimtron_common.parallel.unwrap import unwrap_chunks
 
-__all__ = ["Nemo2Checkpoint"]
+__all__ = ["Nemo2Checkpoint", "save_nemo2", "write_nemo2"]
 
-_PREFIX = "module."
-_EMBEDDING = f"{_PREFIX}embedding.word_embeddings.weight"
+_EMBEDDING = f"{WRAPPER}embedding.word_embeddings.weight"
+_TOKENIZER = "nemo_tokenizer"
 
 
 class Nemo2Checkpoint(Checkpoint):
@@ -34,7 +50,7 @@ class Nemo2Checkpoint(Checkpoint):
     config_name = "context/model.yaml"
 
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
-        self.weights = path / "weights"
+        self.weights = path / WEIGHTS_DIR
         super().__init__(path, trust_remote_code=trust_remote_code)
         rows = self._stored[_EMBEDDING].shape[0]
         if rows < self.architecture.vocab_size:
@@ -44,6 +60,7 @@ class Nemo2Checkpoint(Checkpoint):
                 found=self.architecture.vocab_size,
                 allowed=f"at most {rows}",
             )
+        self.is_quantized = check_quantizers(self.weights, self._stored)
 
     def _read_architecture(self) -> Architecture:
         path = self.path / self.config_name
@@ -70,7 +87,7 @@ class Nemo2Checkpoint(Checkpoint):
     @property
     def tokenizer_path(self) -> Path:
         context = self.path / "context"
-        candidates = [context / "nemo_tokenizer", context]
+        candidates = [context / _TOKENIZER, context]
         if self._tokenizer_name:
             # A path from outside the checkpoint would be another machine's.
             candidates.insert(0, context / Path(self._tokenizer_name).name)
@@ -83,11 +100,126 @@ class Nemo2Checkpoint(Checkpoint):
     @property
     def weight_bytes(self) -> int:
         return sum(
-            stored.num_bytes for name, stored in self._stored.items() if name.startswith(_PREFIX)
+            stored.num_bytes for name, stored in self._stored.items() if name.startswith(WRAPPER)
         )
 
     def load(self, model: nn.Module, context: ParallelContext) -> None:
-        load_distributed(model, self.weights)
+        load_distributed(model, self.weights, quantized=self.is_quantized)
+
+
+def save_nemo2(
+    path: Path,
+    model: nn.Module,
+    architecture: Architecture,
+    context: ParallelContext,
+    *,
+    dtype: torch.dtype | None = None,
+    companions: list[Path] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Saves a model as a NeMo 2 checkpoint; the arguments and errors of ``save_megatron``.
+
+    NeMo 2.7.3 opens it as its own class of the family; NeMo need not be installed here.
+
+    Raises:
+        UnsupportedModelError: NeMo's class of the family cannot compute the model.
+    """
+    with collective_directory(path, context, overwrite=overwrite) as directory:
+        write_nemo2(directory, model, architecture, context, dtype=dtype, companions=companions)
+
+
+def write_nemo2(
+    directory: Path,
+    model: nn.Module,
+    architecture: Architecture,
+    context: ParallelContext,
+    *,
+    dtype: torch.dtype | None = None,
+    companions: list[Path] | None = None,
+) -> None:
+    """Fills a directory as ``save_nemo2`` does; its arguments, and an existing directory.
+
+    When it returns, every process can read the files.
+    """
+    weights = directory / WEIGHTS_DIR
+    objects = _empty_states(model, architecture, context)
+    written = write_weights(
+        weights, model, context, dtype=dtype, prefix=WRAPPER, objects=objects
+    )
+    if context.is_main:
+        # Beside the optimizer's, there is no state that NeMo would need.
+        save_common_state({}, weights)
+        tokenizer = directory / "context" / _TOKENIZER
+        tokenizer.mkdir(parents=True)
+        copy_files(companions or [], tokenizer)
+        name = str(written).removeprefix("torch.")
+        described = _described(dataclasses.replace(architecture, dtype=name), tokenizer)
+        write_context(tokenizer.parent, described)
+        write_manifest(directory, kind="nemo2", config={}, metrics={}, seed=None)
+    context.barrier()
+
+
+def _described(architecture: Architecture, tokenizer: Path) -> Target:
+    size: int | None = architecture.vocab_size
+    if not has_tokenizer(tokenizer):
+        tokenizer.rmdir()
+        return nemo_model(architecture, tokenizer=None, vocab_size=size)
+    if len(load_tokenizer(tokenizer)) == size:
+        # NeMo pads it as its tensor parallelism asks for.
+        size = None
+    return nemo_model(architecture, tokenizer=tokenizer.name, vocab_size=size)
+
+
+def _empty_states(
+    model: nn.Module, architecture: Architecture, context: ParallelContext
+) -> dict[str, Any]:
+    """The extra states of Transformer Engine's layers, empty, but for those of quantized layers.
+
+    NeMo has those layers on a GPU and insists on their states, which matter to FP8 training alone.
+    """
+    from megatron.core.dist_checkpointing import ShardedObject
+
+    a = architecture
+    dense = ["self_attention.linear_qkv", "self_attention.core_attention"]
+    dense += ["self_attention.linear_proj"]
+    if a.qk_norm:
+        dense += ["self_attention.q_layernorm", "self_attention.k_layernorm"]
+    projections = ["linear_fc1", "linear_fc2"]
+    dense += ["pre_mlp_layernorm"] if a.moe else [f"mlp.{name}" for name in projections]
+    replica = (0, context.tp_rank, context.dp_rank * context.cp_size + context.cp_rank)
+    expert_replica = (0, context.tp_rank, context.expert_dp_rank)
+    found = []
+    taken: set[str] = set()
+    chunks: list[Any] = unwrap_chunks(model)
+    for chunk in chunks:
+        if is_quantized(chunk):
+            taken |= {state.unique_key for state in quantizer_settings(chunk).values()}
+        for layer in chunk.decoder.layers:
+            number = layer.layer_number - 1
+            found += [
+                ShardedObject(_extra(name), None, (a.num_layers,), (number,), replica)
+                for name in dense
+            ]
+            found += [
+                ShardedObject(
+                    _extra(f"mlp.experts.experts.{name}"),
+                    None,
+                    (a.num_layers, a.moe.num_experts),
+                    (number, expert),
+                    expert_replica,
+                )
+                for name in projections
+                for expert in getattr(layer.mlp, "local_expert_indices", ())
+                if a.moe
+            ]
+        if chunk.post_process:
+            name = "decoder.final_layernorm._extra_state"
+            found.append(ShardedObject(name, None, (1,), (0,), replica))
+    return {state.unique_key: state for state in found if state.unique_key not in taken}
+
+
+def _extra(module: str) -> str:
+    return f"decoder.layers.{module}._extra_state"
 
 
 def _read_description(path: Path) -> dict[str, Any]:

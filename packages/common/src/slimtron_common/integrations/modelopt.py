@@ -26,6 +26,7 @@ __all__ = [
     "check_attributes",
     "config_names",
     "from_modelopt",
+    "is_rotated",
     "make_quantizer",
     "named_config",
     "recipe_config",
@@ -181,6 +182,12 @@ def make_quantizer(settings: Sequence[Attributes]) -> Any:
     if not quantizers:
         return TensorQuantizer(QuantizerAttributeConfig(enable=False))
     return quantizers[0] if len(quantizers) == 1 else SequentialQuantizer(*quantizers)
+
+
+def is_rotated(quantizer: Any) -> bool:
+    """Tells whether a quantizer of ModelOpt's rotates what it quantizes."""
+    # Up to 0.37 there is the flag alone.
+    return bool(getattr(quantizer, "rotate_is_enabled", quantizer._rotate))
 
 
 @contextlib.contextmanager

@@ -110,12 +110,13 @@ def write_modelopt_state(model: nn.Module, weights: Path) -> None:
     save_common_state(state, weights / STATE_DIR)
 
 
-def restore_quantizers(model: nn.Module, weights: Path) -> None:
+def restore_quantizers(model: nn.Module, weights: Path, prefix: str = "") -> None:
     """Gives a bare model the quantizers of a checkpoint, their scales not loaded yet.
 
     Args:
         model: A new model in any layout; its weights are overwritten.
         weights: The distributed checkpoint.
+        prefix: What its names start with.
 
     Raises:
         MissingDependencyError: ModelOpt is absent.
@@ -140,7 +141,8 @@ def restore_quantizers(model: nn.Module, weights: Path) -> None:
     try:
         with quiet_modelopt():
             mto.restore_from_modelopt_state(model, state)
-            for name, settings in load_sharded(quantizer_settings(model), weights).items():
+            settings_of = load_sharded(quantizer_settings(model), weights, prefix)
+            for name, settings in settings_of.items():
                 _restore_layer(model.get_submodule(name.removesuffix(f".{_EXTRA}")), settings)
     # ModelOpt asserts and looks keys up in what it reads.
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
