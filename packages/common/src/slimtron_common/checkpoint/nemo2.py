@@ -9,6 +9,7 @@ quantized model's quantizers lie in ``DIR/weights`` as in ``megatron:`` checkpoi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from slimtron_common.integrations.modelopt_state import is_quantized, quantizer_
 from slimtron_common.manifest import write_manifest
 from slimtron_common.models.architecture import Architecture
 from slimtron_common.models.nemo import architecture_from_nemo
-from slimtron_common.models.nemo_classes import Target, nemo_model
+from slimtron_common.models.nemo_classes import nemo_model
 from slimtron_common.parallel.context import ParallelContext
 from slimtron_common.parallel.unwrap import unwrap_chunks
 
@@ -136,10 +137,20 @@ def write_nemo2(
     *,
     dtype: torch.dtype | None = None,
     companions: list[Path] | None = None,
+    describe: Callable[[Path], None] | None = None,
 ) -> None:
     """Fills a directory as ``save_nemo2`` does; its arguments, and an existing directory.
 
     When it returns, every process can read the files.
+
+    Args:
+        directory: On storage that all processes share.
+        model: As of ``save_nemo2``.
+        architecture: As of ``save_nemo2``.
+        context: As of ``save_nemo2``.
+        dtype: As of ``save_nemo2``.
+        companions: As of ``save_nemo2``.
+        describe: Fills the directory ``context`` in one process, where NeMo itself can.
     """
     weights = directory / WEIGHTS_DIR
     objects = _empty_states(model, architecture, context)
@@ -149,25 +160,26 @@ def write_nemo2(
     if context.is_main:
         # Beside the optimizer's, there is no state that NeMo would need.
         save_common_state({}, weights)
-        tokenizer = directory / "context" / _TOKENIZER
-        tokenizer.mkdir(parents=True)
-        copy_files(companions or [], tokenizer)
         name = str(written).removeprefix("torch.")
-        described = _described(dataclasses.replace(architecture, dtype=name), tokenizer)
-        write_context(tokenizer.parent, described)
+        described = directory / "context"
+        described.mkdir()
+        if describe is None:
+            _describe(dataclasses.replace(architecture, dtype=name), described, companions or [])
+        else:
+            describe(described)
         write_manifest(directory, kind="nemo2", config={}, metrics={}, seed=None)
     context.barrier()
 
 
-def _described(architecture: Architecture, tokenizer: Path) -> Target:
-    size: int | None = architecture.vocab_size
-    if not has_tokenizer(tokenizer):
-        tokenizer.rmdir()
-        return nemo_model(architecture, tokenizer=None, vocab_size=size)
-    if len(load_tokenizer(tokenizer)) == size:
-        # NeMo pads it as its tensor parallelism asks for.
-        size = None
-    return nemo_model(architecture, tokenizer=tokenizer.name, vocab_size=size)
+def _describe(architecture: Architecture, directory: Path, companions: list[Path]) -> None:
+    tokenizer, vocab_size = directory / _TOKENIZER, architecture.vocab_size
+    tokenizer.mkdir()
+    copy_files(companions, tokenizer)
+    is_complete = has_tokenizer(tokenizer)
+    # Without its own, NeMo takes the tokenizer's and pads it as its tensor parallelism asks for.
+    own = None if is_complete and len(load_tokenizer(tokenizer)) == vocab_size else vocab_size
+    name = tokenizer.name if is_complete else None
+    write_context(directory, nemo_model(architecture, tokenizer=name, vocab_size=own))
 
 
 def _empty_states(

@@ -7,7 +7,7 @@ functions by their import path. No pickle is written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ def _serialized(root: Target) -> dict[str, Any]:
     objects: dict[str, Any] = {}
 
     def add(value: Any, path: str) -> dict[str, Any]:
+        if isinstance(value, tuple):
+            return _tuple([add(item, f"{path}[{i}]") for i, item in enumerate(value)])
         if not isinstance(value, Target):
             return {"type": "leaf", "value": value, "paths": [path]}
         if value.arguments is None:
@@ -81,18 +83,20 @@ def _serialized(root: Target) -> dict[str, Any]:
 
 def _call(path: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     kind = _symbol("fiddle._src.config.BuildableTraverserMetadata")
+    nothing = {"type": _symbol("builtins.dict"), "items": [], "metadata": _tuple([])}
     fields = {
         "fn_or_cls": _symbol(path),
-        "argument_names": _container("tuple", [[f"Index(index={i})", n] for i, n in enumerate(arguments)]),
-        "argument_tags": _container("dict", [], _container("tuple", [])),
-        "argument_history": _container("dict", [], _container("tuple", [])),
-    }  # fmt: skip
+        "argument_names": _tuple(arguments),
+        "argument_tags": nothing,
+        "argument_history": nothing,
+    }
     items = [[f"Attr(name={name!r})", value] for name, value in fields.items()]
     return {"type": kind, "items": items, "metadata": kind}
 
 
-def _container(name: str, items: list[Any], metadata: Any = None) -> dict[str, Any]:
-    return {"type": _symbol(f"builtins.{name}"), "items": items, "metadata": metadata}
+def _tuple(values: Iterable[Any]) -> dict[str, Any]:
+    items = [[f"Index(index={i})", value] for i, value in enumerate(values)]
+    return {"type": _symbol("builtins.tuple"), "items": items, "metadata": None}
 
 
 def _symbol(path: str) -> dict[str, str]:

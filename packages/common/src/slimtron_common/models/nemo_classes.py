@@ -99,7 +99,7 @@ def nemo_model(
         "add_bias_linear": False,
         "add_qkv_bias": a.qkv_bias,
         "qk_layernorm": a.qk_norm,
-        "window_size": None if a.sliding_window is None else [a.sliding_window - 1, 0],
+        "window_size": None if a.sliding_window is None else (a.sliding_window - 1, 0),
         "position_embedding_type": "rope",
         "rotary_base": int(a.rotary_base) if a.rotary_base.is_integer() else a.rotary_base,
         "rotary_percent": a.rotary_fraction,
