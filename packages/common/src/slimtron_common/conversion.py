@@ -12,10 +12,7 @@ from torch import nn
 
 from slimtron_common.atomic import check_writable
 from slimtron_common.checkpoint import Checkpoint, open_checkpoint, parse_spec
-from slimtron_common.checkpoint.base import WRITTEN_KINDS
-from slimtron_common.checkpoint.huggingface import write_huggingface
-from slimtron_common.checkpoint.megatron import write_megatron
-from slimtron_common.checkpoint.nemo2 import write_nemo2
+from slimtron_common.checkpoint.kinds import WRITERS
 from slimtron_common.checkpoint.writer import MAX_SHARD_BYTES, collective_directory
 from slimtron_common.errors import ConfigError, VerificationError
 from slimtron_common.memory import check_memory, shard_parameters
@@ -36,8 +33,6 @@ from slimtron_common.parallel.schedule import check_context_parallel
 from slimtron_common.progress import stage
 
 __all__ = ["Conversion", "ConversionPlan", "convert", "plan_conversion"]
-
-_WRITERS = {"hf": write_huggingface, "megatron": write_megatron, "nemo2": write_nemo2}
 
 _NUM_SEQUENCES = 2
 _SEQ_LENGTH = 24
@@ -107,7 +102,7 @@ def plan_conversion(
     parallel = parallel or ParallelConfig()
     check_world_size(parallel, world_size or world_size_from_environment())
     check_context_parallel(parallel.context_parallel_size)
-    kind, path = parse_spec(target, where="DST", kinds=WRITTEN_KINDS)
+    kind, path = parse_spec(target, where="DST")
     checkpoint = open_checkpoint(source, where="SRC")
     if checkpoint.is_quantized:
         raise ConfigError(
@@ -240,9 +235,8 @@ def _load(checkpoint: Checkpoint, context: ParallelContext, dtype: torch.dtype) 
 def _write(
     plan: ConversionPlan, model: nn.Module, directory: Path, context: ParallelContext
 ) -> None:
-    write = _WRITERS[plan.kind]
     companions = plan.source.companion_files()
-    write(directory, model, plan.source.architecture, context, companions=companions)
+    WRITERS[plan.kind](directory, model, plan.source.architecture, context, companions=companions)
 
 
 def _logits(model: nn.Module, checkpoint: Checkpoint, context: ParallelContext) -> torch.Tensor:

@@ -1,11 +1,9 @@
-"""NeMo 2's objects around a Megatron-Core model: data modules, trainers, Lightning models."""
+"""NeMo 2's objects around a Megatron-Core model: data modules and Lightning models."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +11,7 @@ from torch import Tensor
 from slimtron_common.errors import ConfigError
 from slimtron_common.parallel import ParallelContext
 
-__all__ = ["describe_with_nemo", "is_data_module", "is_trainer", "record_sizes", "token_batches"]
+__all__ = ["is_data_module", "record_sizes", "token_batches"]
 
 _SIZES = (
     "num_layers",
@@ -30,11 +28,6 @@ _SIZES = (
 def is_data_module(data: object) -> bool:
     """Tells whether ``data`` is one of Lightning's data modules, without importing Lightning."""
     return hasattr(data, "train_dataloader")
-
-
-def is_trainer(model: object) -> bool:
-    """Tells whether ``model`` is Lightning's trainer, without importing Lightning."""
-    return hasattr(model, "strategy") and hasattr(model, "lightning_module")
 
 
 def token_batches(data: Any, trainer: Any, context: ParallelContext) -> list[Tensor]:
@@ -84,13 +77,3 @@ def record_sizes(model: Any, config: Any) -> None:
     recorded = getattr(model, "__io__", None)
     for name in _SIZES if recorded is not None else ():
         setattr(recorded.config, name, getattr(config, name))
-
-
-def describe_with_nemo(trainer: Any) -> Callable[[Path], None]:
-    """Returns what writes a checkpoint's ``context``: all that NeMo knows of its trainer's model."""
-    from nemo.lightning.io.pl import TrainerContext
-
-    def describe(directory: Path) -> None:
-        TrainerContext.from_trainer(trainer).io_dump(directory, yaml_attrs=["model"])
-
-    return describe

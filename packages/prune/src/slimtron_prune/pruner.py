@@ -10,23 +10,16 @@ from typing import Any, Literal
 from torch import Tensor
 
 from slimtron_common.checkpoint import open_checkpoint
-from slimtron_common.checkpoint.huggingface import write_huggingface
-from slimtron_common.checkpoint.megatron import write_megatron
-from slimtron_common.checkpoint.nemo2 import write_nemo2
+from slimtron_common.checkpoint.kinds import KIND_OF_FORMAT, WRITERS
 from slimtron_common.checkpoint.writer import collective_directory
 from slimtron_common.data import TokenDataset
 from slimtron_common.errors import ConfigError
+from slimtron_common.integrations.nemo import describe_with_nemo, is_trainer
 from slimtron_common.models import Architecture
 from slimtron_common.models.megatron import architecture_of
 from slimtron_common.parallel import ParallelContext, unwrap_model
 from slimtron_prune.config import PruningConfig
-from slimtron_prune.nemo import (
-    describe_with_nemo,
-    is_data_module,
-    is_trainer,
-    record_sizes,
-    token_batches,
-)
+from slimtron_prune.nemo import is_data_module, record_sizes, token_batches
 from slimtron_prune.rebuild import check_stages, shrink_model
 from slimtron_prune.scoring.collect import check_layout, collect_scores
 from slimtron_prune.selection import select, select_layers
@@ -34,11 +27,6 @@ from slimtron_prune.targets import target_architecture
 
 __all__ = ["prune_language_model", "save_pruned_model"]
 
-_WRITERS: dict[str, Any] = {
-    "hf": write_huggingface,
-    "megatron": write_megatron,
-    "nemo": write_nemo2,
-}
 
 
 def prune_language_model(
@@ -131,13 +119,13 @@ def save_pruned_model(
         ConfigError: The format is unknown, or the original is of another family.
     """
     trainer = model if is_trainer(model) else None
-    kind = export_format or ("nemo" if trainer else "megatron")
-    if kind not in _WRITERS:
+    written = export_format or ("nemo" if trainer else "megatron")
+    if written not in KIND_OF_FORMAT:
         raise ConfigError(
             "is no format",
             where="export_format",
-            found=kind,
-            allowed=", ".join(_WRITERS),
+            found=written,
+            allowed=", ".join(KIND_OF_FORMAT),
         )
     megatron: Any = unwrap_model(trainer.model if trainer else model)
     architecture, companions = architecture_of(megatron), []
@@ -150,10 +138,11 @@ def save_pruned_model(
         sequence_parallel=megatron.config.sequence_parallel,
     )
     more = {}
-    if trainer and kind == "nemo":
+    if trainer and written == "nemo":
         more["describe"] = describe_with_nemo(trainer)
+    write = WRITERS[KIND_OF_FORMAT[written]]
     with collective_directory(Path(save_path), context, overwrite=overwrite) as directory:
-        _WRITERS[kind](directory, megatron, architecture, context, companions=companions, **more)
+        write(directory, megatron, architecture, context, companions=companions, **more)
 
 
 def _batches(data: Any, trainer: Any, context: ParallelContext) -> Sequence[Tensor]:

@@ -15,10 +15,8 @@ from slimtron_common.errors import ConfigError
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import ParallelContext, forward_only, initialize_parallel
 from slimtron_common.testing import write_tiny_model
-from slimtron_common.testing.nemo import NEMO_TESTS, nemo_on_cpu, open_in_nemo
+from slimtron_common.testing.nemo import nemo_on_cpu, nemo_test, open_in_nemo
 from slimtron_prune import PruningConfig, prune_language_model, save_pruned_model
-
-pytestmark = NEMO_TESTS
 
 WIDTH = PruningConfig(64, 48, 2, 2, target_num_layers=3)
 
@@ -70,6 +68,7 @@ def plain(checkpoint: Path, context: ParallelContext) -> Any:
     return model
 
 
+@nemo_test
 @pytest.mark.parametrize("config", [WIDTH, PruningConfig(drop_layers=[2])], ids=["width", "drop"])
 def test_nemos_objects(config: PruningConfig, checkpoint: Path, tmp_path: Path) -> None:
     with nemo_on_cpu():

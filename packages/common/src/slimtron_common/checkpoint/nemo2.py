@@ -38,9 +38,10 @@ from slimtron_common.models.nemo_classes import nemo_model
 from slimtron_common.parallel.context import ParallelContext
 from slimtron_common.parallel.unwrap import unwrap_chunks
 
-__all__ = ["Nemo2Checkpoint", "save_nemo2", "write_nemo2"]
+__all__ = ["CONTEXT_DIR", "Nemo2Checkpoint", "save_nemo2", "write_nemo2"]
 
 _EMBEDDING = f"{WRAPPER}embedding.word_embeddings.weight"
+CONTEXT_DIR = "context"
 _TOKENIZER = "nemo_tokenizer"
 
 
@@ -48,7 +49,7 @@ class Nemo2Checkpoint(Checkpoint):
     """A checkpoint that NeMo 2 wrote."""
 
     kind = "nemo2"
-    config_name = "context/model.yaml"
+    config_name = f"{CONTEXT_DIR}/model.yaml"
 
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         self.weights = path / WEIGHTS_DIR
@@ -87,7 +88,7 @@ class Nemo2Checkpoint(Checkpoint):
 
     @property
     def tokenizer_path(self) -> Path:
-        context = self.path / "context"
+        context = self.path / CONTEXT_DIR
         candidates = [context / _TOKENIZER, context]
         if self._tokenizer_name:
             # A path from outside the checkpoint would be another machine's.
@@ -161,7 +162,7 @@ def write_nemo2(
         # Beside the optimizer's, there is no state that NeMo would need.
         save_common_state({}, weights)
         name = str(written).removeprefix("torch.")
-        described = directory / "context"
+        described = directory / CONTEXT_DIR
         described.mkdir()
         if describe is None:
             _describe(dataclasses.replace(architecture, dtype=name), described, companions or [])

@@ -32,6 +32,7 @@ __all__ = [
     "recipe_config",
     "recipe_names",
     "shared_experts",
+    "takes_mappings",
     "to_modelopt",
 ]
 
@@ -250,11 +251,20 @@ def to_modelopt(config: QuantConfig) -> dict[str, Any]:
     Raises:
         MissingDependencyError: ModelOpt is absent.
     """
-    takes_mapping = isinstance(_quantization().FP8_DEFAULT_CFG["quant_cfg"], Mapping)
+    mapped = takes_mappings()
     return {
-        "quant_cfg": _to_mapping(config.entries) if takes_mapping else _to_list(config.entries),
+        "quant_cfg": _to_mapping(config.entries) if mapped else _to_list(config.entries),
         "algorithm": copy.deepcopy(config.algorithm),
     }
+
+
+def takes_mappings() -> bool:
+    """Tells whether the installed ModelOpt is of the generation whose configs are mappings.
+
+    Raises:
+        MissingDependencyError: ModelOpt is absent.
+    """
+    return isinstance(_quantization().FP8_DEFAULT_CFG["quant_cfg"], Mapping)
 
 
 def _quantization() -> ModuleType:

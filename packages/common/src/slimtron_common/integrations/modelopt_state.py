@@ -17,6 +17,7 @@ import contextlib
 import copy
 import io
 import logging
+import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 STATE_DIR = "modelopt_state"
 
 _EXTRA = "_extra_state"
+_ZIP = b"PK"
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -170,15 +172,37 @@ def quiet_modelopt() -> Iterator[None]:
 def _restore_layer(layer: Any, settings: torch.Tensor | None) -> None:
     if settings is None:
         return
-    raw = io.BytesIO(settings.numpy(force=True).tobytes())
-    quantizers = torch.load(raw, weights_only=True).get("modelopt_quantizer_state", {})
+    state = _decoded(settings.numpy(force=True).tobytes())
+    quantizers = state.get("modelopt_quantizer_state", {})
     _match_structure(layer, quantizers)
-    layer.set_extra_state(settings)
+    # What ModelOpt does with it once it is decoded; ModelOpt of NeMo 2 decodes any pickle.
+    for restore in layer.modelopt_set_extra_state_callbacks:
+        restore(layer, state)
     for name, state in quantizers.items():
         quantizer = layer.get_submodule(name)
         for buffer, saved in state["_pytorch_state_metadata"]["buffers"].items():
             # Calibrated again, they have the type of this model's weights.
             quantizer._buffers[buffer] = quantizer._buffers[buffer].to(saved["dtype"])
+
+
+class _SettingsUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and (
+            name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place among quantizers")
+
+
+def _decoded(raw: bytes) -> dict[str, Any]:
+    """Reads the settings of a layer as ModelOpt's versions write them: zipped, or a bare pickle."""
+    file = io.BytesIO(raw)
+    found: dict[str, Any] = (
+        torch.load(file, weights_only=True)
+        if raw.startswith(_ZIP)
+        else _SettingsUnpickler(file).load()
+    )
+    return found
 
 
 def _match_structure(layer: Any, quantizers: dict[str, Any]) -> None:
