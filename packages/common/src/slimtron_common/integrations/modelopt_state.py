@@ -13,6 +13,7 @@ quantizers of a layer are built from its extra state alone, because the patterns
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import io
@@ -185,11 +186,24 @@ def _restore_layer(layer: Any, settings: torch.Tensor | None) -> None:
             quantizer._buffers[buffer] = quantizer._buffers[buffer].to(saved["dtype"])
 
 
+def _load_storage(raw: bytes) -> Any:
+    return torch.load(io.BytesIO(raw), weights_only=True)
+
+
+_PICKLED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch", "Size"): torch.Size,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    # torch's own would run what it finds.
+    ("torch.storage", "_load_from_bytes"): _load_storage,
+}
+
+
 class _SettingsUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and (
-            name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)
-        ):
+        if (module, name) in _PICKLED:
+            return _PICKLED[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place among quantizers")
 
