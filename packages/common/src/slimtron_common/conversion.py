@@ -12,9 +12,7 @@ from torch import nn
 
 from slimtron_common.atomic import check_writable
 from slimtron_common.checkpoint import Checkpoint, open_checkpoint, parse_spec
-from slimtron_common.checkpoint.base import WRITTEN_KINDS
-from slimtron_common.checkpoint.huggingface import write_huggingface
-from slimtron_common.checkpoint.megatron import write_megatron
+from slimtron_common.checkpoint.kinds import WRITERS
 from slimtron_common.checkpoint.writer import MAX_SHARD_BYTES, collective_directory
 from slimtron_common.errors import ConfigError, VerificationError
 from slimtron_common.memory import check_memory, shard_parameters
@@ -46,7 +44,7 @@ class ConversionPlan:
 
     source: Checkpoint
     kind: str
-    """What to write: ``hf`` or ``megatron``."""
+    """What to write: ``hf``, ``megatron`` or ``nemo2``."""
 
     path: Path
     dtype: torch.dtype
@@ -91,7 +89,7 @@ def plan_conversion(
 
     Args:
         source: ``hf:DIR``, ``megatron:DIR`` or ``nemo2:DIR``.
-        target: ``hf:DIR`` or ``megatron:DIR`` to write.
+        target: ``hf:DIR``, ``megatron:DIR`` or ``nemo2:DIR`` to write.
         dtype: torch's name of the type to write; the source's without it.
         parallel: How the model is cut while it is converted.
         device: Where the logits are compared.
@@ -104,7 +102,7 @@ def plan_conversion(
     parallel = parallel or ParallelConfig()
     check_world_size(parallel, world_size or world_size_from_environment())
     check_context_parallel(parallel.context_parallel_size)
-    kind, path = parse_spec(target, where="DST", kinds=WRITTEN_KINDS)
+    kind, path = parse_spec(target, where="DST")
     checkpoint = open_checkpoint(source, where="SRC")
     checkpoint.check_unquantized("SRC", loss="a conversion would lose")
     written = checkpoint.compute_dtype(dtype, "") if dtype else checkpoint.dtype
@@ -231,9 +229,8 @@ def _load(checkpoint: Checkpoint, context: ParallelContext, dtype: torch.dtype) 
 def _write(
     plan: ConversionPlan, model: nn.Module, directory: Path, context: ParallelContext
 ) -> None:
-    write = {"hf": write_huggingface, "megatron": write_megatron}[plan.kind]
     companions = plan.source.companion_files()
-    write(directory, model, plan.source.architecture, context, companions=companions)
+    WRITERS[plan.kind](directory, model, plan.source.architecture, context, companions=companions)
 
 
 def _logits(model: nn.Module, checkpoint: Checkpoint, context: ParallelContext) -> torch.Tensor:

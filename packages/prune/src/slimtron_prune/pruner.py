@@ -10,14 +10,16 @@ from typing import Any, Literal
 from torch import Tensor
 
 from slimtron_common.checkpoint import open_checkpoint
-from slimtron_common.checkpoint.huggingface import save_huggingface
-from slimtron_common.checkpoint.megatron import save_megatron
+from slimtron_common.checkpoint.kinds import KIND_OF_FORMAT, WRITERS
+from slimtron_common.checkpoint.writer import collective_directory
 from slimtron_common.data import TokenDataset
 from slimtron_common.errors import ConfigError
+from slimtron_common.integrations.nemo import describe_with_nemo, is_trainer
 from slimtron_common.models import Architecture
 from slimtron_common.models.megatron import architecture_of
 from slimtron_common.parallel import ParallelContext, unwrap_model
 from slimtron_prune.config import PruningConfig
+from slimtron_prune.nemo import is_data_module, record_sizes, token_batches
 from slimtron_prune.rebuild import check_stages, shrink_model
 from slimtron_prune.scoring.collect import check_layout, collect_scores
 from slimtron_prune.selection import select, select_layers
@@ -26,10 +28,11 @@ from slimtron_prune.targets import target_architecture
 __all__ = ["prune_language_model", "save_pruned_model"]
 
 
+
 def prune_language_model(
     model: Any,
     pruning_config: PruningConfig,
-    data_module: TokenDataset | Sequence[Tensor] | None = None,
+    data_module: Any = None,
     trainer: Any = None,
 ) -> Any:
     """Prunes a model in place, its config included.
@@ -41,12 +44,14 @@ def prune_language_model(
     it.
 
     Args:
-        model: A Megatron-Core model or what holds it. Optimizers that hold its parameters have
-            to be made again.
+        model: A Megatron-Core model or what holds it: NeMo's ``llm.GPTModel``, its
+            ``MegatronParallel``. Optimizers that hold its parameters have to be made again.
         pruning_config: What to prune to.
-        data_module: The text that decides what goes: a ``TokenDataset``, or this data-parallel
-            rank's token ids, each ``[b, s]``. Not needed for ``drop_layers``.
-        trainer: Not needed for a Megatron-Core model; kept for NeMo's signature.
+        data_module: The text that decides what goes: NeMo's data module, whose training part is
+            read and which stays as it was, a ``TokenDataset``, or this data-parallel rank's token
+            ids, each ``[b, s]``. Not needed for ``drop_layers``.
+        trainer: NeMo's; with a data module of NeMo's its ``limit_val_batches`` global batches are
+            read. Not needed otherwise.
 
     Returns:
         ``model``, smaller.
@@ -74,7 +79,7 @@ def prune_language_model(
             tensor_parallel_size=context.tp_size,
             context_parallel_size=context.cp_size,
         )
-        batches = _batches(data_module, context)
+        batches = _batches(data_module, trainer, context)
         training = megatron.training
         megatron.eval()
         try:
@@ -84,6 +89,7 @@ def prune_language_model(
         selection = select(target, scores)
     check_stages(megatron, selection, context)
     shrink_model(megatron, selection, context)
+    record_sizes(model, megatron.config)
     return model
 
 
@@ -92,7 +98,7 @@ def save_pruned_model(
     save_path: str | Path,
     *,
     model_dir: str | Path | None = None,
-    export_format: Literal["hf", "megatron"] = "megatron",
+    export_format: Literal["hf", "megatron", "nemo"] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Saves a pruned model so that it opens without an edit.
@@ -100,26 +106,28 @@ def save_pruned_model(
     All processes call it; the directory appears whole or not at all.
 
     Args:
-        model: What ``prune_language_model`` returned. NeMo's function takes the trainer.
+        model: NeMo's trainer, whose model was pruned, or what ``prune_language_model`` returned.
         save_path: The directory to write.
         model_dir: The Hugging Face directory of the original, whose tokenizer and token ids go
-            along; without it there are none.
-        export_format: ``megatron``, a distributed checkpoint, or ``hf``.
+            along; without it there are none, but for a trainer's in ``nemo``.
+        export_format: ``hf``, ``megatron``, a distributed checkpoint, or ``nemo``, a NeMo 2
+            checkpoint; without it ``nemo`` for a trainer, ``megatron`` otherwise.
         overwrite: Whether an existing output of Slimtron is replaced.
 
     Raises:
         CheckpointError: The directory exists or cannot be written.
         ConfigError: The format is unknown, or the original is of another family.
     """
-    writers = {"hf": save_huggingface, "megatron": save_megatron}
-    if export_format not in writers:
+    trainer = model if is_trainer(model) else None
+    written = export_format or ("nemo" if trainer else "megatron")
+    if written not in KIND_OF_FORMAT:
         raise ConfigError(
             "is no format",
             where="export_format",
-            found=export_format,
-            allowed=", ".join(writers),
+            found=written,
+            allowed=", ".join(KIND_OF_FORMAT),
         )
-    megatron: Any = unwrap_model(model)
+    megatron: Any = unwrap_model(trainer.model if trainer else model)
     architecture, companions = architecture_of(megatron), []
     if model_dir is not None:
         original = open_checkpoint(f"hf:{model_dir}", where="model_dir")
@@ -129,32 +137,30 @@ def save_pruned_model(
         device=next(megatron.parameters()).device,
         sequence_parallel=megatron.config.sequence_parallel,
     )
-    writers[export_format](
-        Path(save_path),
-        megatron,
-        architecture,
-        context,
-        companions=companions,
-        overwrite=overwrite,
-    )
+    more = {}
+    if trainer and written == "nemo":
+        more["describe"] = describe_with_nemo(trainer)
+    write = WRITERS[KIND_OF_FORMAT[written]]
+    with collective_directory(Path(save_path), context, overwrite=overwrite) as directory:
+        write(directory, megatron, architecture, context, companions=companions, **more)
 
 
-def _batches(
-    data: TokenDataset | Sequence[Tensor] | None, context: ParallelContext
-) -> Sequence[Tensor]:
+def _batches(data: Any, trainer: Any, context: ParallelContext) -> Sequence[Tensor]:
     """This process's token ids; what holds them is only read."""
     if data is None:
         raise ConfigError(
             "what is important is found on a text",
             where="data_module",
             found=None,
-            hint="pass a TokenDataset or token batches; only drop_layers needs none",
+            hint="pass NeMo's data module, a TokenDataset or token batches; only drop_layers needs "
+            "none",
         )
-    batches = (
-        data.batches(1, context.dp_rank, context.dp_size)
-        if isinstance(data, TokenDataset)
-        else list(data)
-    )
+    if isinstance(data, TokenDataset):
+        batches = data.batches(1, context.dp_rank, context.dp_size)
+    elif is_data_module(data):
+        batches = token_batches(data, trainer, context)
+    else:
+        batches = list(data)
     wrong = [
         b for b in batches if not isinstance(b, Tensor) or b.dim() != 2 or b.is_floating_point()
     ]

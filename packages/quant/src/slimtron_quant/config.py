@@ -20,10 +20,6 @@ __all__ = ["ExportConfig", "QuantizationConfig"]
 
 _EXPORT_FORMATS = ("hf", "megatron", "nemo", "trtllm")
 _OTHER_WRITERS = {
-    "nemo": (
-        "NeMo checkpoints are written by NeMo 2, which this version does not drive",
-        "megatron trains on, and converts to hf with `slimtron-quant export`",
-    ),
     "trtllm": (
         "TensorRT-LLM's own checkpoints are for its old engine builder",
         "TensorRT-LLM loads hf directories, as vLLM and SGLang do",
@@ -164,9 +160,9 @@ class ExportConfig:
     """Directory to write; a string is taken too."""
 
     export_format: str = "hf"
-    """``hf``, the unified checkpoint of vLLM, SGLang and TensorRT-LLM, or ``megatron``, a
-    distributed checkpoint with ModelOpt's quantizers, which trains on. NeMo's default was
-    ``trtllm``. This version refuses ``trtllm`` and ``nemo``, naming what to write instead."""
+    """``hf``, the unified checkpoint of vLLM, SGLang and TensorRT-LLM, or, with ModelOpt's
+    quantizers and to be trained on, ``megatron``, a distributed checkpoint, or ``nemo``, that of
+    NeMo 2. NeMo's default was ``trtllm``, which is refused."""
 
     dtype: str | int = "bf16"
     """Type of what stays unquantized: bf16, 16 or 32. NeMo's HF export ignored it and wrote
@@ -195,7 +191,7 @@ class ExportConfig:
                 reason,
                 where="export_format",
                 found=self.export_format,
-                allowed="hf, megatron",
+                allowed="hf, megatron, nemo",
                 hint=hint,
             )
         _check_choice("dtype", str(self.dtype), tuple(_DTYPES))

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from slimtron_common.checkpoint import open_checkpoint
+from slimtron_common.checkpoint.kinds import kind_of
 from slimtron_common.checkpoint.writer import collective_directory
 from slimtron_common.data import token_dataset
 from slimtron_common.data.config import DataConfig
 from slimtron_common.errors import ConfigError
 from slimtron_common.integrations.modelopt import shared_experts, to_modelopt
 from slimtron_common.integrations.modelopt_state import quiet_modelopt
+from slimtron_common.integrations.nemo import describe_with_nemo
 from slimtron_common.models.adjustments import weight_expert_outputs
 from slimtron_common.models.megatron import architecture_of
 from slimtron_common.parallel import ParallelContext, forward_only, unwrap_model
@@ -41,6 +43,7 @@ from slimtron_quant.calibration.state import restore_calibration
 from slimtron_quant.config import ExportConfig, QuantizationConfig
 from slimtron_quant.errors import CalibrationError
 from slimtron_quant.export.kinds import write_export
+from slimtron_quant.export.nemo import check_nemo_opens_quantizers
 from slimtron_quant.recipes import Scheme, quantization_scheme
 from slimtron_quant.summary import (
     LayerSummary,
@@ -152,9 +155,10 @@ class Quantizer:
 
         Args:
             model: What ``quantize`` returned.
-            model_dir: The Hugging Face directory of the original model: its config and tokenizer
+            model_dir: The directory of the original model, of any kind: its config and tokenizer
                 go along.
-            trainer: Not needed for these formats; kept for NeMo's signature.
+            trainer: NeMo's; with it a checkpoint in ``nemo`` tells all that NeMo knows of the model,
+                without it what the original's architecture does.
 
         Returns:
             The directory.
@@ -169,18 +173,25 @@ class Quantizer:
                 where="export_config",
                 hint="give Quantizer an ExportConfig(path=...)",
             )
-        source = open_checkpoint(f"hf:{model_dir}", where="model_dir")
+        kind = kind_of(Path(model_dir))
+        source = open_checkpoint(f"{kind}:{model_dir}", where="model_dir")
+        written = self.export_config.export_format
+        describe = None
+        if written == "nemo":
+            check_nemo_opens_quantizers()
+            describe = None if trainer is None else describe_with_nemo(trainer)
         megatron = unwrap_model(model)
         context = ParallelContext.from_megatron(device=next(megatron.parameters()).device)
         with collective_directory(self.export_config.path, context) as directory:
             write_export(
-                self.export_config.export_format,
+                written,
                 directory,
                 megatron,
                 source.architecture,
                 context,
                 dtype=getattr(torch, self.export_config.torch_dtype),
                 companions=source.companion_files(),
+                describe=describe,
             )
         return self.export_config.path
 

@@ -21,6 +21,7 @@ from slimtron_common.parallel.context import ParallelContext
 
 __all__ = [
     "CONFIG_NAME",
+    "KINDS",
     "TOKENIZER_FILES",
     "Checkpoint",
     "has_tokenizer",
@@ -51,7 +52,6 @@ _SAMPLES, _SAMPLE_BYTES = 16, 2**16
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 KINDS = ("hf", "megatron", "nemo2")
-WRITTEN_KINDS = ("hf", "megatron")
 
 
 def parse_spec(

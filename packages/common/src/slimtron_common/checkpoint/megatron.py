@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from slimtron_common.checkpoint.huggingface import write_json
 from slimtron_common.checkpoint.metadata import check_metadata, refuse_code
 from slimtron_common.checkpoint.writer import collective_directory, copy_files
 from slimtron_common.errors import CheckpointError
-from slimtron_common.integrations.megatron_core import COMMON_STATE, load_sharded
+from slimtron_common.integrations.megatron_core import COMMON_STATE, load_sharded, prefixed
 from slimtron_common.integrations.modelopt_state import (
     STATE_DIR,
     cut_gated_scales,
@@ -39,10 +41,20 @@ from slimtron_common.models.huggingface import config_from_architecture
 from slimtron_common.parallel.context import ParallelContext
 from slimtron_common.parallel.unwrap import unwrap_chunks, unwrap_model
 
-__all__ = ["MegatronCheckpoint", "load_distributed", "save_megatron", "write_megatron"]
+__all__ = [
+    "WRAPPER",
+    "MegatronCheckpoint",
+    "check_quantizers",
+    "load_distributed",
+    "save_megatron",
+    "write_megatron",
+    "write_weights",
+]
 
 WEIGHTS_DIR = "weights"
-_WRAPPER = "module."
+WRAPPER = "module."
+"""What the names of the weights start with in NeMo's checkpoints."""
+
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -71,14 +83,7 @@ class MegatronCheckpoint(Checkpoint):
                 found=self.architecture.vocab_size,
                 allowed=f"at most {rows}",
             )
-        state = self.weights / STATE_DIR
-        self.is_quantized = state.is_dir() or any("_quantizer." in name for name in stored)
-        if self.is_quantized and not (state / COMMON_STATE).is_file():
-            raise CheckpointError(
-                "the checkpoint holds scales of quantizers, and what they belong to is missing",
-                where=state / COMMON_STATE,
-                hint="copy the folder along with the weights",
-            )
+        self.is_quantized = check_quantizers(self.weights, stored)
 
         self.weights_are_bytes = self.is_quantized and weights_are_bytes(self.weights)
 
@@ -88,6 +93,27 @@ class MegatronCheckpoint(Checkpoint):
 
     def load(self, model: nn.Module, context: ParallelContext) -> None:
         load_distributed(model, self.weights, quantized=self.is_quantized)
+
+
+def check_quantizers(weights: Path, names: Iterable[str]) -> bool:
+    """Tells whether a distributed checkpoint holds ModelOpt's quantizers.
+
+    Args:
+        weights: The distributed checkpoint.
+        names: Of its tensors.
+
+    Raises:
+        CheckpointError: It holds their scales and not what they belong to.
+    """
+    state = weights / STATE_DIR
+    found = state.is_dir() or any("_quantizer." in name for name in names)
+    if found and not (state / COMMON_STATE).is_file():
+        raise CheckpointError(
+            "the checkpoint holds scales of quantizers, and what they belong to is missing",
+            where=state / COMMON_STATE,
+            hint="copy the folder along with the weights",
+        )
+    return found
 
 
 def load_distributed(model: nn.Module, directory: Path, *, quantized: bool = False) -> None:
@@ -107,15 +133,15 @@ def load_distributed(model: nn.Module, directory: Path, *, quantized: bool = Fal
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
     model = unwrap_model(model)
-    is_wrapped = any(name.startswith(_WRAPPER) for name in check_metadata(directory))
-    prefix = _WRAPPER if is_wrapped else ""
+    is_wrapped = any(name.startswith(WRAPPER) for name in check_metadata(directory))
+    prefix = WRAPPER if is_wrapped else ""
     try:
         with refuse_code(), warnings.catch_warnings():
             # Megatron-Core reads by functions that torch is about to rename.
             warnings.simplefilter("ignore", FutureWarning)
             if quantized and not is_quantized(model):
-                restore_quantizers(model, directory)
-            state = load_sharded(_sharded_weights(model, prefix), directory)
+                restore_quantizers(model, directory, prefix)
+            state = load_sharded(_sharded_weights(model), directory, prefix)
     except (
         CheckpointingException,
         CheckpointException,
@@ -128,9 +154,7 @@ def load_distributed(model: nn.Module, directory: Path, *, quantized: bool = Fal
             where=directory,
             found=str(error).strip().rpartition("\n")[2],
         ) from error
-    # Only in front: the word may stand inside a name, too.
-    weights = {name[len(prefix) :]: value for name, value in state.items()}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing, unexpected = model.load_state_dict(state, strict=False)
     lost = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
     if lost:
         raise CheckpointError(
@@ -183,28 +207,8 @@ def write_megatron(
 
     When it returns, every process can read the files.
     """
-    from megatron.core import dist_checkpointing
-
-    weights = directory / WEIGHTS_DIR
+    written = write_weights(directory / WEIGHTS_DIR, model, context, dtype=dtype)
     if context.is_main:
-        weights.mkdir()
-    context.barrier()
-    chunks = unwrap_chunks(model)
-    written = dtype or next(chunks[0].parameters()).dtype
-    sharded = {
-        (index, name): tensor
-        for index, chunk in enumerate(chunks)
-        for name, tensor in _in_type(
-            _sharded_weights(chunk), dict(chunk.named_parameters()), written
-        ).items()
-    }
-    quantized = is_quantized(chunks[0])
-    if quantized:
-        sharded |= {(0, name): value for name, value in quantizer_settings(chunks[0]).items()}
-    dist_checkpointing.save(sharded, str(weights))
-    if context.is_main:
-        if quantized:
-            write_modelopt_state(chunks[0], weights)
         name = str(written).removeprefix("torch.")
         write_json(directory / CONFIG_NAME, config_from_architecture(architecture, dtype=name))
         copy_files(companions or [], directory)
@@ -212,9 +216,55 @@ def write_megatron(
     context.barrier()
 
 
-def _sharded_weights(model: Any, prefix: str = "") -> dict[str, Any]:
+def write_weights(
+    weights: Path,
+    model: nn.Module,
+    context: ParallelContext,
+    *,
+    dtype: torch.dtype | None = None,
+    prefix: str = "",
+    objects: Mapping[str, Any] = MappingProxyType({}),
+) -> torch.dtype:
+    """Writes a distributed checkpoint of a model's weights and quantizers.
+
+    Args:
+        weights: The directory to create.
+        model: A Megatron-Core model or what holds it.
+        context: This process's place.
+        dtype: Type of the weights to write; the model's own without it.
+        prefix: What all names start with.
+        objects: Sharded objects to write besides, by any names.
+
+    Returns:
+        The type that was written.
+    """
+    from megatron.core import dist_checkpointing
+
+    if context.is_main:
+        weights.mkdir()
+    context.barrier()
+    chunks = unwrap_chunks(model)
+    written: torch.dtype = dtype or next(chunks[0].parameters()).dtype
+    sharded: dict[Any, Any] = {
+        (index, name): tensor
+        for index, chunk in enumerate(chunks)
+        for name, tensor in _in_type(
+            _sharded_weights(chunk), dict(chunk.named_parameters()), written
+        ).items()
+    }
+    sharded |= {(None, name): value for name, value in objects.items()}
+    quantized = is_quantized(chunks[0])
+    if quantized:
+        sharded |= {(0, name): value for name, value in quantizer_settings(chunks[0]).items()}
+    dist_checkpointing.save(prefixed(sharded, prefix), str(weights))
+    if quantized and context.is_main:
+        write_modelopt_state(chunks[0], weights)
+    return written
+
+
+def _sharded_weights(model: Any) -> dict[str, Any]:
     with quiet_modelopt():
-        sharded = model.sharded_state_dict(prefix=prefix)
+        sharded = model.sharded_state_dict(prefix="")
     # Transformer Engine's extra state holds FP8 training recipes, which weights do not need.
     sharded = {name: value for name, value in sharded.items() if "_extra_state" not in name}
     return cut_gated_scales(model, sharded) if is_quantized(model) else sharded

@@ -10,6 +10,7 @@ Examples:
   slimtron-common demo-model smollm2
   slimtron-common convert hf:smollm2 megatron:smollm2-mcore
   slimtron-common convert megatron:smollm2-mcore hf:smollm2-fp32 --dtype float32
+  slimtron-common convert hf:smollm2 nemo2:smollm2-nemo
   torchrun --nproc-per-node 2 -m slimtron_common convert hf:smollm2 megatron:smollm2-pp2 --pp 2
 
 Exit code: 0 done, 1 what was written is not the same model (nothing is kept), 2 refused.
@@ -19,7 +20,7 @@ Exit code: 0 done, 1 what was written is not the same model (nothing is kept), 2
 def register(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``convert``."""
     parser.add_argument("source", metavar="SRC", help="hf:DIR, megatron:DIR or nemo2:DIR")
-    parser.add_argument("target", metavar="DST", help="hf:DIR or megatron:DIR, to be written")
+    parser.add_argument("target", metavar="DST", help="hf:DIR, megatron:DIR or nemo2:DIR, to be written")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

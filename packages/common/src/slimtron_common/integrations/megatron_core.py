@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["COMMON_STATE", "import_moe_utils", "load_sharded", "save_common_state"]
+__all__ = ["COMMON_STATE", "import_moe_utils", "load_sharded", "prefixed", "save_common_state"]
 
 COMMON_STATE = "common.pt"
+
+K = TypeVar("K")
 
 
 def import_moe_utils() -> Any:
@@ -32,12 +35,21 @@ def import_moe_utils() -> Any:
     return module
 
 
-def load_sharded(sharded: dict[str, Any], directory: Path) -> dict[str, Any]:
+def prefixed(sharded: dict[K, Any], prefix: str) -> dict[K, Any]:
+    """Returns sharded tensors, whose names in the checkpoint start with ``prefix`` now."""
+    from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+
+    add_prefix_for_sharding(sharded, prefix)
+    return sharded
+
+
+def load_sharded(sharded: dict[str, Any], directory: Path, prefix: str = "") -> dict[str, Any]:
     """Loads sharded tensors from a ``torch_dist`` checkpoint that any version has written.
 
     Args:
         sharded: ``ShardedTensor``s by name, as a model's ``sharded_state_dict`` makes them.
         directory: The distributed checkpoint.
+        prefix: What the names in the checkpoint start with.
 
     Returns:
         The tensors under the same names.
@@ -54,20 +66,25 @@ def load_sharded(sharded: dict[str, Any], directory: Path) -> dict[str, Any]:
 
         options["common_strategy"] = NoCommonState()
     names = list(sharded)
-    loaded = dist_checkpointing.load(sharded, str(directory), **options)
+    loaded = dist_checkpointing.load(prefixed(sharded, prefix), str(directory), **options)
     # 0.19 adds what lies in an older checkpoint's common state.
     return {name: loaded[name] for name in names if name in loaded}
 
 
 def save_common_state(state: dict[str, Any], directory: Path) -> None:
-    """Writes a distributed checkpoint that is common state alone, as every version reads it.
+    """Writes a distributed checkpoint's common state as every version reads it.
 
     Args:
         state: What to save.
-        directory: Created.
+        directory: Of the checkpoint, or created for one that is common state alone.
     """
-    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
     torch.save(state, directory / COMMON_STATE)
-    save_config(CheckpointingConfig("torch_dist"), str(directory))
+    # Up to 0.16 a version asks for the last two, and no later one minds them.
+    config = {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+    (directory / "metadata.json").write_text(json.dumps(config), encoding="utf-8")

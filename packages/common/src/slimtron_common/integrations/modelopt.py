@@ -26,11 +26,13 @@ __all__ = [
     "check_attributes",
     "config_names",
     "from_modelopt",
+    "is_rotated",
     "make_quantizer",
     "named_config",
     "recipe_config",
     "recipe_names",
     "shared_experts",
+    "takes_mappings",
     "to_modelopt",
 ]
 
@@ -183,6 +185,12 @@ def make_quantizer(settings: Sequence[Attributes]) -> Any:
     return quantizers[0] if len(quantizers) == 1 else SequentialQuantizer(*quantizers)
 
 
+def is_rotated(quantizer: Any) -> bool:
+    """Tells whether a quantizer of ModelOpt's rotates what it quantizes."""
+    # Up to 0.37 there is the flag alone.
+    return bool(getattr(quantizer, "rotate_is_enabled", quantizer._rotate))
+
+
 @contextlib.contextmanager
 def shared_experts(experts: Sequence[Any]) -> Iterator[None]:
     """Lets ModelOpt put quantizers into experts that several processes share out.
@@ -243,11 +251,20 @@ def to_modelopt(config: QuantConfig) -> dict[str, Any]:
     Raises:
         MissingDependencyError: ModelOpt is absent.
     """
-    takes_mapping = isinstance(_quantization().FP8_DEFAULT_CFG["quant_cfg"], Mapping)
+    mapped = takes_mappings()
     return {
-        "quant_cfg": _to_mapping(config.entries) if takes_mapping else _to_list(config.entries),
+        "quant_cfg": _to_mapping(config.entries) if mapped else _to_list(config.entries),
         "algorithm": copy.deepcopy(config.algorithm),
     }
+
+
+def takes_mappings() -> bool:
+    """Tells whether the installed ModelOpt is of the generation whose configs are mappings.
+
+    Raises:
+        MissingDependencyError: ModelOpt is absent.
+    """
+    return isinstance(_quantization().FP8_DEFAULT_CFG["quant_cfg"], Mapping)
 
 
 def _quantization() -> ModuleType:

@@ -13,10 +13,12 @@ quantizers of a layer are built from its extra state alone, because the patterns
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import io
 import logging
+import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +45,7 @@ logger = logging.getLogger(__name__)
 STATE_DIR = "modelopt_state"
 
 _EXTRA = "_extra_state"
+_ZIP = b"PK"
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -110,12 +113,13 @@ def write_modelopt_state(model: nn.Module, weights: Path) -> None:
     save_common_state(state, weights / STATE_DIR)
 
 
-def restore_quantizers(model: nn.Module, weights: Path) -> None:
+def restore_quantizers(model: nn.Module, weights: Path, prefix: str = "") -> None:
     """Gives a bare model the quantizers of a checkpoint, their scales not loaded yet.
 
     Args:
         model: A new model in any layout; its weights are overwritten.
         weights: The distributed checkpoint.
+        prefix: What its names start with.
 
     Raises:
         MissingDependencyError: ModelOpt is absent.
@@ -140,7 +144,8 @@ def restore_quantizers(model: nn.Module, weights: Path) -> None:
     try:
         with quiet_modelopt():
             mto.restore_from_modelopt_state(model, state)
-            for name, settings in load_sharded(quantizer_settings(model), weights).items():
+            settings_of = load_sharded(quantizer_settings(model), weights, prefix)
+            for name, settings in settings_of.items():
                 _restore_layer(model.get_submodule(name.removesuffix(f".{_EXTRA}")), settings)
     # ModelOpt asserts and looks keys up in what it reads.
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -168,15 +173,50 @@ def quiet_modelopt() -> Iterator[None]:
 def _restore_layer(layer: Any, settings: torch.Tensor | None) -> None:
     if settings is None:
         return
-    raw = io.BytesIO(settings.numpy(force=True).tobytes())
-    quantizers = torch.load(raw, weights_only=True).get("modelopt_quantizer_state", {})
+    state = _decoded(settings.numpy(force=True).tobytes())
+    quantizers = state.get("modelopt_quantizer_state", {})
     _match_structure(layer, quantizers)
-    layer.set_extra_state(settings)
+    # What ModelOpt does with it once it is decoded; ModelOpt of NeMo 2 decodes any pickle.
+    for restore in layer.modelopt_set_extra_state_callbacks:
+        restore(layer, state)
     for name, state in quantizers.items():
         quantizer = layer.get_submodule(name)
         for buffer, saved in state["_pytorch_state_metadata"]["buffers"].items():
             # Calibrated again, they have the type of this model's weights.
             quantizer._buffers[buffer] = quantizer._buffers[buffer].to(saved["dtype"])
+
+
+def _load_storage(raw: bytes) -> Any:
+    return torch.load(io.BytesIO(raw), weights_only=True)
+
+
+_PICKLED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch", "Size"): torch.Size,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    # torch's own would run what it finds.
+    ("torch.storage", "_load_from_bytes"): _load_storage,
+}
+
+
+class _SettingsUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _PICKLED:
+            return _PICKLED[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place among quantizers")
+
+
+def _decoded(raw: bytes) -> dict[str, Any]:
+    """Reads the settings of a layer as ModelOpt's versions write them: zipped, or a bare pickle."""
+    file = io.BytesIO(raw)
+    found: dict[str, Any] = (
+        torch.load(file, weights_only=True)
+        if raw.startswith(_ZIP)
+        else _SettingsUnpickler(file).load()
+    )
+    return found
 
 
 def _match_structure(layer: Any, quantizers: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ _FLAGS: tuple[tuple[str, tuple[Flag, ...]], ...] = (
             ("--cache-top-k", "teacher_cache.top_k", int, "K", "how many of each token"),
             ("--out", "output", str, "DIR", "the directory to write"),
             ("--export-format", "export.export_format", str, "KIND",
-             "hf for inference engines, or megatron"),
+             "hf for inference engines, megatron, or nemo for NeMo 2"),
             ("--export-dtype", "export.dtype", str, "TYPE",
              "of the weights: auto, float32, bfloat16, float16"),
         ),

@@ -30,6 +30,7 @@ def execute(args: argparse.Namespace) -> int:
     """Runs the job and prints the comparison."""
     config = job_config(args)
 
+    from slimtron_common.checkpoint.kinds import KIND_OF_FORMAT
     from slimtron_common.parallel.context import rank_from_environment
     from slimtron_common.report import print_comparison
     from slimtron_distill.job.preflight import preflight
@@ -41,6 +42,6 @@ def execute(args: argparse.Namespace) -> int:
         print_comparison(comparison)
         for fact in ("Perplexity recovered", "Updates left out", "Speed"):
             print(f"{fact.lower():<22} {comparison.facts[fact]}")
-        print(f"{'student':<22} {config.export.export_format}:{config.output}")
+        print(f"{'student':<22} {KIND_OF_FORMAT[config.export.export_format]}:{config.output}")
         print(f"{'report':<22} {config.output / 'report.html'}")
     return 0

@@ -29,14 +29,14 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Checks the directory and prints what was found."""
-    from slimtron_common.checkpoint.megatron import WEIGHTS_DIR
+    from slimtron_common.checkpoint.kinds import kind_of
     from slimtron_common.evaluation.config import EvaluationConfig
     from slimtron_common.evaluation.measure import measure, plan_evaluation
     from slimtron_common.manifest import verify_manifest
     from slimtron_common.report import print_comparison
 
     verify_manifest(args.directory)
-    kind = "megatron" if (args.directory / WEIGHTS_DIR).is_dir() else "hf"
+    kind = kind_of(args.directory)
     evaluation = EvaluationConfig(
         source=args.data, num_tokens=args.eval_tokens, seq_length=args.eval_seq_len
     )

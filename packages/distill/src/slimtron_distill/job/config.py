@@ -81,8 +81,8 @@ class TeacherCacheConfig:
 class ExportConfig:
     """How the student is written."""
 
-    export_format: Literal["hf", "megatron"] = "hf"
-    """A Hugging Face directory, or a Megatron distributed checkpoint."""
+    export_format: Literal["hf", "megatron", "nemo"] = "hf"
+    """A Hugging Face directory, a Megatron distributed checkpoint, or one of NeMo 2."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights; ``auto``: as the student came."""

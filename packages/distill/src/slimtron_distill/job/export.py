@@ -12,8 +12,8 @@ from torch import nn
 from slimtron_common.atomic import check_writable
 from slimtron_common.checkpoint import open_checkpoint, parse_spec
 from slimtron_common.checkpoint.base import read_json
-from slimtron_common.checkpoint.huggingface import save_huggingface
-from slimtron_common.checkpoint.megatron import save_megatron
+from slimtron_common.checkpoint.kinds import WRITERS
+from slimtron_common.checkpoint.writer import collective_directory
 from slimtron_common.errors import CheckpointError
 from slimtron_common.models.megatron import build_chunks
 from slimtron_common.parallel import ParallelConfig, initialize_parallel
@@ -43,7 +43,7 @@ def export_checkpoint(
 
     Args:
         run: The run's output directory, which is not there yet.
-        target: ``hf:DIR`` or ``megatron:DIR``.
+        target: ``hf:DIR``, ``megatron:DIR`` or ``nemo2:DIR``.
         step: Which checkpoint; the newest without it.
         dtype: torch's name of the type to write, or ``auto``: as the student came.
         parallel: How the model is cut meanwhile; not necessarily as in training.
@@ -84,14 +84,13 @@ def export_checkpoint(
     with initialize_parallel(parallel, device=device) as context:
         model = build_chunks(student.architecture, context, dtype=written)
         load_student(model, found[chosen])
-        save: Any = {"hf": save_huggingface, "megatron": save_megatron}[kind]
-        save(
-            path,
-            nn.ModuleList(model),
-            student.architecture,
-            context,
-            companions=student.companion_files(),
-            overwrite=overwrite,
-        )
+        with collective_directory(path, context, overwrite=overwrite) as directory:
+            WRITERS[kind](
+                directory,
+                nn.ModuleList(model),
+                student.architecture,
+                context,
+                companions=student.companion_files(),
+            )
     logger.info("wrote the student of step %d to %s", chosen, target)
     return chosen

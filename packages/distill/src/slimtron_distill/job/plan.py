@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from slimtron_common.checkpoint.kinds import KIND_OF_FORMAT
 from slimtron_common.memory import required_memory
 from slimtron_distill.job.preflight import Plan
 
@@ -19,7 +20,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     rows = [
         ("student", f"{config.student}, {plan.student.num_parameters:,} parameters"),
         ("teacher", _teacher(plan)),
-        ("output", f"{config.export.export_format}:{config.output}"),
+        ("output", f"{KIND_OF_FORMAT[config.export.export_format]}:{config.output}"),
         (
             "training",
             f"{training.steps} steps of {training.global_batch_size} sequences of "

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from slimtron_common.checkpoint import open_checkpoint
-from slimtron_common.checkpoint.huggingface import write_huggingface
-from slimtron_common.checkpoint.megatron import write_megatron
+from slimtron_common.checkpoint.kinds import KIND_OF_FORMAT, WRITERS
 from slimtron_common.delivery import deliver, delivered
 from slimtron_common.evaluation import Evaluation, evaluate
 from slimtron_common.models.megatron import build_chunks
@@ -141,7 +140,9 @@ class _Job:
         torch.cuda.empty_cache()
         with stage("reload the export and evaluate"), self.work.stage("exported") as output:
             directory = self.work.directory("export")
-            checkpoint = open_checkpoint(f"{self.config.export.export_format}:{directory}")
+            checkpoint = open_checkpoint(
+                f"{KIND_OF_FORMAT[self.config.export.export_format]}:{directory}"
+            )
             model = build_chunks(
                 checkpoint.architecture,
                 self.context,
@@ -236,12 +237,11 @@ class _Job:
         )
 
     def _write(self, student: list[nn.Module], directory: Path) -> None:
-        kind = self.config.export.export_format
-        write = {"hf": write_huggingface, "megatron": write_megatron}[kind]
+        kind = KIND_OF_FORMAT[self.config.export.export_format]
         options: dict[str, Any] = {}
         if kind == "hf":
             options["dtype"] = self.plan.export_dtype
-        write(
+        WRITERS[kind](
             directory,
             nn.ModuleList(student),
             self.plan.student.architecture,

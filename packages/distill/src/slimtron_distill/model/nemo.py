@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,7 +30,9 @@ except ModuleNotFoundError as error:
         "does without NeMo",
     ) from error
 
-__all__ = ["DistillationGPTModel"]
+__all__ = ["DistillationGPTModel", "build_model", "model_class"]
+
+_WRAPPERS = re.compile(r"^(module\.)+")
 
 _SHARED = (
     "tensor_model_parallel_size",
@@ -47,10 +51,37 @@ _SHARED = (
 """What the teacher's config takes from the student's."""
 
 
+def model_class(config: Any) -> Any:
+    """Finds NeMo's class of a model by its config's: the one that stands in the same module."""
+    for cls in type(config).__mro__:
+        for found in vars(sys.modules[cls.__module__]).values():
+            if (
+                isinstance(found, type)
+                and found.__module__ == cls.__module__
+                and llm.GPTModel in (found, *found.__bases__)
+            ):
+                return found
+    return llm.GPTModel
+
+
+def build_model(config: Any, tokenizer: Any) -> Any:
+    """Builds Megatron-Core's model of a config, and what NeMo's class of it adds.
+
+    A config alone makes a Gemma whose embeddings are not scaled.
+
+    Args:
+        config: ``llm.GPTConfig``.
+        tokenizer: NeMo's.
+    """
+    model = model_class(config)(config, tokenizer=tokenizer)
+    model.configure_model()
+    return model.module
+
+
 class DistillationGPTModel(llm.GPTModel):  # type: ignore[misc]
     """A student that NeMo 2's trainer distils a teacher into; NeMo's class of this name.
 
-    Checkpoints hold the student alone and open as its own class. Losses are weighed token by token
+    Checkpoints hold the student alone and open as its own class, NeMo's for its config. Losses are weighed token by token
     over the whole batch (``calculate_per_token_loss``), so the trainer's data parallelism must
     not average (``average_in_collective=False``).
 
@@ -81,6 +112,15 @@ class DistillationGPTModel(llm.GPTModel):  # type: ignore[misc]
         model_transform: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         super().__init__(config, optim, tokenizer, model_transform)
+        # What NeMo saves as the model: the same call of the student's class.
+        self.__io__ = self.__io__.__class__(
+            model_class(config),
+            **{
+                name: value
+                for name, value in self.__io__.__arguments__.items()
+                if name in ("config", "optim", "tokenizer", "model_transform")
+            },
+        )
         if config.virtual_pipeline_model_parallel_size is not None:
             raise ParallelismError(
                 "under NeMo an interleaved pipeline cannot distil",
@@ -117,7 +157,7 @@ class DistillationGPTModel(llm.GPTModel):  # type: ignore[misc]
                 allowed=sizes[0],
             )
         context = ParallelContext.from_megatron(sequence_parallel=student_config.sequence_parallel)
-        student = student_config.configure_model(self.tokenizer)
+        student = build_model(student_config, self.tokenizer)
         teacher = teacher_provider(
             teacher_config, self._teacher_ckpt_path, self.tokenizer, self._trainer
         )
@@ -140,6 +180,12 @@ class DistillationGPTModel(llm.GPTModel):  # type: ignore[misc]
                 hint="pair layers of the last stage, or train with slimtron-distill",
             )
         self.module = model
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Loads the student's alone, whatever NeMo has wrapped around it."""
+        # Only in front: the word may stand inside a name, too.
+        own = {_WRAPPERS.sub("", name): value for name, value in state_dict.items()}
+        return self._task.chunks[0].load_state_dict(own, *args, **kwargs)
 
     def forward_step(self, batch: dict[str, Tensor]) -> Any:
         """Runs both models in training, and the student as ever in validation."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from slimtron_common.checkpoint import open_checkpoint
-from slimtron_common.checkpoint.base import Checkpoint
+from slimtron_common.checkpoint.base import KINDS, Checkpoint
 from slimtron_common.checkpoint.megatron import load_distributed
 from slimtron_common.integrations.modelopt_weights import keep_codes
 from slimtron_common.models.megatron import LayerSpec, build_chunks
@@ -67,7 +67,7 @@ def teacher_provider(
     Args:
         config: ``llm.GPTConfig``, its parallel sizes those of the student's.
         ckpt_path: A NeMo 2 checkpoint or a bare Megatron distributed one, saved at any layout; or
-            ``megatron:DIR`` and ``hf:DIR``, as every command of Slimtron takes them.
+            ``nemo2:DIR``, ``megatron:DIR`` and ``hf:DIR``, as every command of Slimtron takes them.
         tokenizer: NeMo's tokenizer, from which a config without ``vocab_size`` takes its own.
         trainer: Not used; NeMo's function read through it.
 
@@ -78,9 +78,9 @@ def teacher_provider(
         CheckpointError: The weights are missing, damaged, or those of another model.
     """
     logger.info("loading the teacher from %s", ckpt_path)
-    model: nn.Module = config.configure_model(tokenizer)
+    model = _configured(config, tokenizer)
     kind, colon, _ = str(ckpt_path).partition(":")
-    if colon and kind in ("hf", "megatron"):
+    if colon and kind in KINDS:
         context = ParallelContext.from_megatron(sequence_parallel=config.sequence_parallel)
         open_checkpoint(str(ckpt_path), where="ckpt_path").load(model, context)
     else:
@@ -88,6 +88,15 @@ def teacher_provider(
         load_distributed(model, path / "weights" if (path / "weights").is_dir() else path)
     _free()
     return model.requires_grad_(False).eval()
+
+
+def _configured(config: Any, tokenizer: Any) -> nn.Module:
+    if any(cls.__module__.startswith("nemo.") for cls in type(config).__mro__):
+        from slimtron_distill.model.nemo import build_model
+
+        return build_model(config, tokenizer)
+    model: nn.Module = config.configure_model(tokenizer)
+    return model
 
 
 def _free() -> None:

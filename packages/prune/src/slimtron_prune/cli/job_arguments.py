@@ -76,7 +76,7 @@ def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that describe a pruning job."""
     what = _add_model(parser)
     add_flags(what, (("--out", "export.path", str, "DIR", "the directory to write"),))
-    format_help = "hf for inference engines, or megatron"
+    format_help = "hf for inference engines, megatron, or nemo for NeMo 2"
     add_flags(what, (("--export-format", "export.export_format", str, "KIND", format_help),))
     add_flags(what, (("--scores", "scores", str, "DIR", "what `slimtron-prune score` wrote"),))
     sizes = parser.add_argument_group("sizes to prune to")

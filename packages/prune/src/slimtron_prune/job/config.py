@@ -48,8 +48,8 @@ class ExportConfig:
     path: Path
     """Directory to write."""
 
-    export_format: Literal["hf", "megatron"] = "hf"
-    """A Hugging Face directory or a Megatron distributed checkpoint."""
+    export_format: Literal["hf", "megatron", "nemo"] = "hf"
+    """A Hugging Face directory, a Megatron distributed checkpoint or one of NeMo 2."""
 
     check_transformers: bool = True
     """Whether transformers loads the result, too, and must compute the same logits."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from slimtron_common.checkpoint.kinds import KIND_OF_FORMAT
 from slimtron_common.data import TokenDataset
 from slimtron_common.memory import required_memory
 from slimtron_common.models import Architecture
@@ -28,7 +29,7 @@ def print_plan(plan: PrunePlan, console: Console | None = None) -> None:
     rows = [
         ("model", f"{config.model}, {_parameters(model.architecture)}"),
         ("to", _goal(plan)),
-        ("output", f"{config.export.export_format}:{config.export.path}"),
+        ("output", f"{KIND_OF_FORMAT[config.export.export_format]}:{config.export.path}"),
         ("evaluation text", _sequences(plan.evaluation)),
         ("scoring text", "none needed" if plan.scoring is None else _sequences(plan.scoring)),
         ("computed in", f"{model.dtype} on {model.device}".replace("torch.", "")),

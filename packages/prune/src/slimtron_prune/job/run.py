@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from slimtron_common.checkpoint import Checkpoint, open_checkpoint
 from slimtron_common.checkpoint.base import CONFIG_NAME
 from slimtron_common.checkpoint.huggingface import write_json
-from slimtron_common.checkpoint.megatron import write_megatron
+from slimtron_common.checkpoint.kinds import KIND_OF_FORMAT, WRITERS
 from slimtron_common.checkpoint.writer import copy_files, write_safetensors
 from slimtron_common.data import TokenDataset
 from slimtron_common.delivery import deliver, delivered
@@ -206,7 +206,7 @@ class _Job:
         return select(target, scores)
 
     def prune(self, selection: Selection) -> None:
-        """Stages ``pruned`` and ``megatron``: the smaller model on disk."""
+        """Stages ``pruned`` and ``megatron`` or ``nemo``: the smaller model on disk."""
         if not self.work.has("pruned"):
             self._release()
             companions = self.model.checkpoint.companion_files()
@@ -217,11 +217,11 @@ class _Job:
                     config = config_from_architecture(selection.target)
                     write_json(output.directory / CONFIG_NAME, config)
                     copy_files(companions, output.directory)
-        if self.delivered == "megatron" and not self.work.has("megatron"):
+        if self.delivered != "pruned" and not self.work.has(self.delivered):
             pruned = open_checkpoint(f"hf:{self.work.directory('pruned')}")
             model = self._load(pruned, pruned.dtype)
-            with stage("write the distributed checkpoint"), self.work.stage("megatron") as output:
-                write_megatron(
+            with stage("write the distributed checkpoint"), self.work.stage(self.delivered) as output:
+                WRITERS[self._kind](
                     output.directory,
                     model,
                     selection.target,
@@ -232,7 +232,12 @@ class _Job:
     @property
     def delivered(self) -> str:
         """The stage that becomes the output."""
-        return "megatron" if self.config.export.export_format == "megatron" else "pruned"
+        written = self.config.export.export_format
+        return "pruned" if written == "hf" else written
+
+    @property
+    def _kind(self) -> str:
+        return KIND_OF_FORMAT[self.config.export.export_format]
 
     def reload(self, target: Architecture) -> None:
         """Stage ``reloaded``: the files, read back, by transformers, too."""
@@ -240,7 +245,7 @@ class _Job:
             return
         with stage("reload and evaluate"), self.work.stage("reloaded") as output:
             directory = self.work.directory(self.delivered)
-            checkpoint = open_checkpoint(f"{self.config.export.export_format}:{directory}")
+            checkpoint = open_checkpoint(f"{self._kind}:{directory}")
             model = self._load(checkpoint, self.model.dtype)
             references = {"original": self.work.directory("original")}
             evaluation = self._evaluate(model, target, references)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slimtron_common.checkpoint import open_checkpoint
 from slimtron_common.checkpoint.base import CONFIG_NAME
-from slimtron_common.checkpoint.megatron import WEIGHTS_DIR
+from slimtron_common.checkpoint.kinds import kind_of
 from slimtron_common.errors import CheckpointError, VerificationError
 from slimtron_common.evaluation.config import EvaluationConfig
 from slimtron_common.evaluation.measure import measure, plan_evaluation
@@ -43,7 +43,7 @@ def verify_directory(
         raise CheckpointError("is no model", where=directory, found=f"no {CONFIG_NAME}")
     if (directory / MANIFEST_NAME).is_file():
         verify_manifest(directory)
-    kind = "megatron" if (directory / WEIGHTS_DIR).is_dir() else "hf"
+    kind = kind_of(directory)
     checkpoint = open_checkpoint(f"{kind}:{directory}")
     facts = {"Compared with transformers": "no: a distributed checkpoint"}
     with initialize_parallel() as context:

@@ -29,7 +29,7 @@ _FLAGS: tuple[tuple[str, tuple[Flag, ...]], ...] = (
              "see `slimtron-quant recipes`; modelopt:NAME, a .yaml or .json file, or none"),
             ("--out", "export.path", str, "DIR", "the directory to write"),
             ("--export-format", "export.export_format", str, "KIND",
-             "hf for inference engines, or megatron to train on"),
+             "hf for inference engines; megatron, or nemo for NeMo 2, to train on"),
             ("--export-dtype", "export.dtype", str, "TYPE", "of unquantized weights: bf16, 16, 32"),
             ("--sq-alpha", "quantization.sq_alpha", float, "A", "SmoothQuant's strength, 0 to 1"),
         ),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from slimtron_common.checkpoint.megatron import WEIGHTS_DIR, write_megatron
+from slimtron_common.checkpoint.kinds import kind_of
+from slimtron_common.checkpoint.megatron import write_megatron
+from slimtron_common.checkpoint.nemo2 import write_nemo2
 from slimtron_common.models import Architecture
 from slimtron_common.models.megatron import LayerSpec
 from slimtron_common.parallel import ParallelContext
@@ -69,11 +71,12 @@ def write_export(
     *,
     dtype: torch.dtype,
     companions: Sequence[Path] = (),
+    describe: Callable[[Path], None] | None = None,
 ) -> None:
     """Fills an existing directory; every process calls it.
 
     Args:
-        kind: ``hf`` or ``megatron``.
+        kind: ``hf``, ``megatron`` or ``nemo``.
         directory: On storage that all processes share.
         model: The bare Megatron-Core model with calibrated quantizers; it is made the one on
             disk first (``prepare_for_export``).
@@ -81,6 +84,7 @@ def write_export(
         context: This process's place.
         dtype: Type of what stays unquantized.
         companions: Tokenizer files to copy along.
+        describe: For ``nemo``, what fills ``context`` where NeMo itself can.
 
     Raises:
         UnsupportedModelError: A layer's quantizers have no format on disk.
@@ -90,9 +94,19 @@ def write_export(
         write_huggingface(
             directory, model, architecture, context, dtype=dtype, companions=companions
         )
-    else:
+    elif kind == "megatron":
         write_megatron(
             directory, model, architecture, context, dtype=dtype, companions=list(companions)
+        )
+    else:
+        write_nemo2(
+            directory,
+            model,
+            architecture,
+            context,
+            dtype=dtype,
+            companions=list(companions),
+            describe=describe,
         )
 
 
@@ -100,13 +114,13 @@ def open_export(directory: Path, *, layer_spec: LayerSpec = "auto") -> Export:
     """Opens what ``write_export`` wrote.
 
     Args:
-        directory: A Hugging Face directory or a Megatron checkpoint.
-        layer_spec: Modules to build a Megatron checkpoint from.
+        directory: A Hugging Face directory, or a checkpoint of Megatron-Core or NeMo 2.
+        layer_spec: Modules to build the latter from.
 
     Raises:
         CheckpointError: A file is missing, corrupt, or contradicts another.
         UnsupportedModelError: The architecture or format is unknown.
     """
-    if (directory / WEIGHTS_DIR).is_dir():
-        return MegatronExport(directory, layer_spec=layer_spec)
-    return ExportedModel(directory)
+    if kind_of(directory) == "hf":
+        return ExportedModel(directory)
+    return MegatronExport(directory, layer_spec=layer_spec)

@@ -1,4 +1,4 @@
-"""A quantized Megatron checkpoint read back: the weights, and ModelOpt's quantizers on them."""
+"""A quantized checkpoint to train on, read back: the weights, and ModelOpt's quantizers on them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimtron_common.checkpoint.megatron import MegatronCheckpoint
+from slimtron_common.checkpoint import open_checkpoint
+from slimtron_common.checkpoint.kinds import kind_of
 from slimtron_common.errors import CheckpointError
 from slimtron_common.models import Architecture
 from slimtron_common.models.mapping import model_parameters
@@ -21,7 +22,7 @@ __all__ = ["MegatronExport", "check_is_quantized"]
 
 
 class MegatronExport:
-    """A quantized model that trains on.
+    """A quantized model that trains on, of Megatron-Core or NeMo 2.
 
     Args:
         path: The directory.
@@ -33,7 +34,7 @@ class MegatronExport:
 
     def __init__(self, path: Path, *, layer_spec: LayerSpec = "auto") -> None:
         self.path = path
-        self.checkpoint = MegatronCheckpoint(path)
+        self.checkpoint = open_checkpoint(f"{kind_of(path)}:{path}")
         check_is_quantized(self.checkpoint)
         self.architecture: Architecture = self.checkpoint.architecture
         self._layer_spec = layer_spec
@@ -45,7 +46,7 @@ class MegatronExport:
 
     @property
     def kv_cache(self) -> KvCacheFormat | None:
-        """None: a cache's quantizers are not written to Megatron checkpoints."""
+        """None: a cache's quantizers are not written to these checkpoints."""
         return None
 
     @property
@@ -69,7 +70,8 @@ class MegatronExport:
 
     def describe(self) -> str:
         """Returns in a line what is stored how."""
-        return f"Megatron checkpoint of {self.checkpoint.dtype} weights with quantizers".replace(
+        kind = {"megatron": "Megatron", "nemo2": "NeMo 2"}[self.checkpoint.kind]
+        return f"{kind} checkpoint of {self.checkpoint.dtype} weights with quantizers".replace(
             "torch.", ""
         )
 

@@ -32,6 +32,7 @@ from slimtron_common.parallel.context import (
 from slimtron_common.parallel.schedule import check_context_parallel
 from slimtron_common.workdir import check_resumable
 from slimtron_quant.config import QuantizationConfig
+from slimtron_quant.export.nemo import check_nemo_opens_quantizers
 from slimtron_quant.formats.kv_cache import KV_CACHE_FORMATS, describe_kv_cache
 from slimtron_quant.job.config import QuantJobConfig
 from slimtron_quant.job.mixed import Candidates, MixedPlan, open_candidates, plan_mixed
@@ -179,11 +180,13 @@ def preflight(
         schemes = list(candidates.schemes.values())
     else:
         schemes = [_scheme(config, architecture, device)]
-    if config.export.export_format == "megatron" and schemes[0].kv_cache is not None:
+    if config.export.export_format == "nemo":
+        check_nemo_opens_quantizers()
+    if config.export.export_format != "hf" and schemes[0].kv_cache is not None:
         raise ConfigError(
             "the quantizers of a KV cache are not written to Megatron checkpoints",
             where="export.export_format",
-            found="megatron",
+            found=config.export.export_format,
             allowed="hf with a quantized KV cache",
             hint="--kv-cache none for training on; quantize the cache of what was trained",
         )
