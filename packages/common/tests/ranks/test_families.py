@@ -19,10 +19,11 @@ from slimtron_common.testing import run_ranks, write_tiny_model
 MODELS = {
     "mixtral": ("mixtral", {"num_experts": 6}),
     "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": False}),
+    "qwen2_moe": ("qwen2_moe", {}),
     "gemma": ("gemma", {"head_dim": 32, "vocab_size": 299}),
     "nemotron": ("nemotron", {}),
 }
-MIXTURES = ["mixtral", "qwen3_moe"]
+MIXTURES = ["mixtral", "qwen3_moe", "qwen2_moe"]
 
 LAYOUTS = {
     "tp2": (2, ParallelConfig(tensor_parallel_size=2), list(MODELS)),

@@ -44,7 +44,7 @@ class PruningConfig:
     """Inner width of each expert."""
 
     target_moe_shared_expert_intermediate_size: int | None = None
-    """Inner width of a shared expert, which no model has that this version opens."""
+    """Inner width of the expert that serves all tokens."""
 
     def __post_init__(self) -> None:
         for name, value in self.targets.items():

@@ -23,11 +23,13 @@ _PROBE: dict[str, Any] = {
     "num_query_groups": 100_003,
     "head_dim": 1,
 }
+_SHARED = 1_000_039
 _AXES: dict[int, Axis] = {
     _PROBE["hidden_size"]: "hidden",
     _PROBE["ffn_hidden_size"]: "ffn",
     _PROBE["num_attention_heads"]: "queries",
     _PROBE["num_query_groups"]: "key_values",
+    _SHARED: "shared",
 }
 
 
@@ -96,7 +98,10 @@ def _cuts(selection: Selection) -> Iterator[Cut]:
     if source.moe:
         axes[source.moe.num_experts] = "experts"
     # Layers are alike, and experts: one layer of the source says which axes a tensor has.
-    probe = replace(source, num_layers=1, **_PROBE)
+    moe = source.moe
+    if moe and moe.shared_ffn_hidden_size is not None:
+        moe = replace(moe, shared_ffn_hidden_size=_SHARED)
+    probe = replace(source, num_layers=1, moe=moe, **_PROBE)
     shapes = {(rule.names, rule.expert): rule.hf_shapes for _, rule in model_parameters(probe)}
     rules = {(layer, rule.names, rule.expert): rule for layer, rule in model_parameters(source)}
     norms: Counter[int | None] = Counter()

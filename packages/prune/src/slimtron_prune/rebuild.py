@@ -116,6 +116,7 @@ def _update_config(config: Any, target: Architecture, stages: list[int]) -> None
         config.ffn_hidden_size = a.ffn_hidden_size
     else:
         config.moe_ffn_hidden_size, config.num_moe_experts = a.ffn_hidden_size, a.moe.num_experts
+        config.moe_shared_expert_intermediate_size = a.moe.shared_ffn_hidden_size
     config.num_layers_in_first_pipeline_stage = config.num_layers_in_last_pipeline_stage = None
     config.account_for_embedding_in_pipeline_split = False
     config.account_for_loss_in_pipeline_split = False

@@ -14,7 +14,7 @@ from slimtron_prune.scoring.scores import Scores
 
 __all__ = ["Axis", "Selection", "select", "select_layers"]
 
-Axis = Literal["hidden", "ffn", "queries", "key_values", "experts"]
+Axis = Literal["hidden", "ffn", "shared", "queries", "key_values", "experts"]
 """What a dimension of a weight counts; ``queries`` and ``key_values`` count heads' channels."""
 
 
@@ -32,6 +32,9 @@ class Selection:
 
     ffn: Tensor | None = None
     """``[layers, f]``, or ``[layers, experts, f]``, of the source's layers and experts."""
+
+    shared: Tensor | None = None
+    """Channels of the expert that serves all tokens ``[layers, f]``."""
 
     heads: Tensor | None = None
     """Query heads ``[layers, heads]``, in the order of the groups that they are in."""
@@ -59,6 +62,7 @@ class Selection:
             return self.hidden
         kept = {
             "ffn": self.ffn,
+            "shared": self.shared,
             "queries": self.heads,
             "key_values": self.groups,
             "experts": self.experts,
@@ -100,9 +104,13 @@ def select(
     """
     source = scores.architecture
     heads, groups = _select_heads(target, scores)
-    experts = None
-    if source.moe and target.moe and target.moe.num_experts < source.moe.num_experts:
-        experts = _highest(scores.experts, target.moe.num_experts)
+    experts, shared = None, None
+    if source.moe and target.moe:
+        if target.moe.num_experts < source.moe.num_experts:
+            experts = _highest(scores.experts, target.moe.num_experts)
+        width = target.moe.shared_ffn_hidden_size
+        if width is not None and width != source.moe.shared_ffn_hidden_size:
+            shared = _highest(scores.shared, width)
     if layers is None:
         layers = _highest(scores.layers, target.num_layers).tolist()
     hidden, norm_factors, final_norm_factor = None, None, 1.0
@@ -120,6 +128,7 @@ def select(
         layers=tuple(layers),
         hidden=hidden,
         ffn=ffn,
+        shared=shared,
         heads=heads,
         groups=groups,
         experts=experts,

@@ -52,7 +52,8 @@ def target_architecture(source: Architecture, config: PruningConfig) -> Architec
             original = getattr(source, name)
             _check_size(where, wanted, original, width=name.endswith("hidden_size"))
             changes[name] = wanted
-    if source.moe and (experts := config.target_num_moe_experts) is not None:
+    moe = source.moe
+    if moe and (experts := config.target_num_moe_experts) is not None:
         _check_size("target_num_moe_experts", experts, source.moe.num_experts, width=False)
         fewest = max(source.moe.experts_per_token, 2)
         if experts < fewest:
@@ -62,7 +63,13 @@ def target_architecture(source: Architecture, config: PruningConfig) -> Architec
                 found=experts,
                 allowed=f"{fewest} to {source.moe.num_experts}",
             )
-        changes["moe"] = replace(source.moe, num_experts=experts)
+        moe = replace(moe, num_experts=experts)
+    width = config.target_moe_shared_expert_intermediate_size
+    if moe and moe.shared_ffn_hidden_size is not None and width is not None:
+        where = "target_moe_shared_expert_intermediate_size"
+        _check_size(where, width, moe.shared_ffn_hidden_size, width=True)
+        moe = replace(moe, shared_ffn_hidden_size=width)
+    changes["moe"] = moe
     target = replace(source, **changes)
     _check_heads(source, target)
     if target == source:
@@ -90,8 +97,9 @@ def _refuse_absent(source: Architecture, config: PruningConfig) -> None:
     absent = {
         "target_mamba_num_heads": "Mamba layers",
         "target_mamba_head_dim": "Mamba layers",
-        "target_moe_shared_expert_intermediate_size": "shared experts",
     }
+    if source.moe is None or source.moe.shared_ffn_hidden_size is None:
+        absent["target_moe_shared_expert_intermediate_size"] = "shared experts"
     hint = None
     if source.moe:
         absent["target_ffn_hidden_size"] = "dense feed-forward networks"

@@ -27,6 +27,10 @@ class MixtureOfExperts:
     """Whether the weights of a token's experts sum to 1; if not, they are the experts' shares of
     a softmax over all experts."""
 
+    shared_ffn_hidden_size: int | None = None
+    """Inner width of an expert that serves all tokens, each as much as a gate lets it; None
+    without."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
@@ -101,7 +105,7 @@ class Architecture:
 
     @property
     def num_expert_parameters(self) -> int:
-        """Weights of all experts of all layers together; 0 for a dense model."""
+        """Weights of all experts that tokens are sent to, of all layers; 0 for a dense model."""
         matrices = 3 if self.gated else 2
         size = matrices * self.hidden_size * self.ffn_hidden_size
         return self.num_layers * self.moe.num_experts * size if self.moe else 0
@@ -187,11 +191,14 @@ class Architecture:
     @property
     def _tensor_cuts(self) -> dict[str, int]:
         """What tensor parallelism shares out, by its name for messages."""
-        return {
+        cuts = {
             "attention heads": self.num_attention_heads,
             "key/value heads (query groups)": self.num_query_groups,
             "feed-forward channels": self.ffn_hidden_size,
         }
+        if self.moe and self.moe.shared_ffn_hidden_size:
+            cuts["channels of the shared expert"] = self.moe.shared_ffn_hidden_size
+        return cuts
 
 
 def _divisors(count: int) -> list[int]:

@@ -15,6 +15,8 @@ _COMPONENTS = {
     "self_attn": "attention",
     "experts": "experts",
     "gate": "router",
+    "shared_expert": "shared expert",
+    "shared_expert_gate": "shared expert",
     "mlp": "mlp",
     "lm_head": "output",
 }
@@ -24,8 +26,8 @@ def count_parameters(architecture: Architecture) -> dict[str, int]:
     """Counts parameters by component, a tied output layer once.
 
     Returns:
-        Of embedding, attention, mlp (or router and experts), norms and output, those that the
-        model has.
+        Of embedding, attention, mlp (or router, experts and shared expert), norms and output,
+        those that the model has.
     """
     counts: Counter[str] = Counter()
     for _, rule in model_parameters(architecture):

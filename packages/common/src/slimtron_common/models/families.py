@@ -20,11 +20,14 @@ class Family:
     """Fields of ``Architecture`` in which it differs from a Llama."""
 
     norm_epsilon: str = "rms_norm_eps"
-    """Name of the field in ``config.json``, as the next two."""
+    """Name of the field in ``config.json``, as the next three."""
 
     ffn_hidden_size: str = "intermediate_size"
     num_experts: str | None = None
     """None for a dense family."""
+
+    shared_ffn_hidden_size: str | None = None
+    """None for a family without an expert that serves all tokens."""
 
     tied_embeddings: bool = False
     """What an absent ``tie_word_embeddings`` means."""
@@ -62,6 +65,13 @@ FAMILIES: Mapping[str, Family] = {
         traits={"qk_norm": True},
         ffn_hidden_size="moe_intermediate_size",
         num_experts="num_experts",
+    ),
+    "qwen2_moe": Family(
+        hf_class="Qwen2MoeForCausalLM",
+        traits={"qkv_bias": True},
+        ffn_hidden_size="moe_intermediate_size",
+        num_experts="num_experts",
+        shared_ffn_hidden_size="shared_expert_intermediate_size",
     ),
     "gemma": Family(
         hf_class="GemmaForCausalLM",

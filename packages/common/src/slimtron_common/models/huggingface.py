@@ -23,7 +23,7 @@ _MODELLED = frozenset(
         "hidden_activation", "dtype", "torch_dtype", "transformers_version", "pretraining_tp",
         "partial_rotary_factor", "quantization_config", "num_local_experts", "num_experts",
         "num_experts_per_tok", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers",
-        "use_bidirectional_attention",
+        "use_bidirectional_attention", "qkv_bias",
     }
 )  # fmt: skip
 
@@ -33,6 +33,8 @@ _ACTIVATIONS = {
     "squared_relu": ("relu2",),
 }
 """Hugging Face's names of the functions; the first is written."""
+
+_SPARSE_QWENS = ("qwen2_moe", "qwen3_moe")
 
 # What Megatron-Core's rotary embedding has built in for Llama 3's scaling.
 _LLAMA3_CONSTANTS = {
@@ -81,7 +83,7 @@ def architecture_from_config(config: Mapping[str, Any], *, source: str) -> Archi
         )
     hidden = _integer(config, "hidden_size", source)
     layers = _integer(config, "num_hidden_layers", source)
-    own_names = {family.norm_epsilon, family.ffn_hidden_size}
+    own_names = {family.norm_epsilon, family.ffn_hidden_size, family.shared_ffn_hidden_size}
     return Architecture(
         family=name,
         num_layers=layers,
@@ -93,7 +95,7 @@ def architecture_from_config(config: Mapping[str, Any], *, source: str) -> Archi
         vocab_size=_integer(config, "vocab_size", source),
         max_position_embeddings=_integer(config, "max_position_embeddings", source),
         norm_epsilon=_number(config, family.norm_epsilon, source, default=1e-6),
-        moe=_mixture_of_experts(config, name, source) if family.num_experts else None,
+        moe=_mixture_of_experts(config, family, source) if family.num_experts else None,
         tied_embeddings=_flag(
             config, "tie_word_embeddings", source, default=family.tied_embeddings
         ),
@@ -142,12 +144,14 @@ def config_from_architecture(
     }
     if family.rotary_fraction != 1:
         config["partial_rotary_factor"] = a.rotary_fraction
-    if a.family not in ("qwen2", "mistral", "mixtral"):
+    if a.family not in ("qwen2", "qwen2_moe", "mistral", "mixtral"):
         config["attention_bias"] = False
     if a.moe is not None and family.num_experts is not None:
         config[family.num_experts] = a.moe.num_experts
         config["num_experts_per_tok"] = a.moe.experts_per_token
-        if a.family == "qwen3_moe":
+        if family.shared_ffn_hidden_size is not None:
+            config[family.shared_ffn_hidden_size] = a.moe.shared_ffn_hidden_size
+        if a.family in _SPARSE_QWENS:
             config.update(
                 norm_topk_prob=a.moe.normalized, decoder_sparse_step=1, mlp_only_layers=[]
             )
@@ -189,11 +193,13 @@ def _refuse_features(config: Mapping[str, Any], family: Family, source: str) -> 
     # with biases in the feed-forward layers. Qwen2 has no such field.
     if config.get("attention_bias") and config["model_type"] != "qwen2":
         refuse("attention_bias", "false")
+    if config["model_type"] == "qwen2_moe" and config.get("qkv_bias") is False:
+        refuse("qkv_bias", "true")
     if config.get("use_bidirectional_attention"):
         refuse("use_bidirectional_attention", "false")
     if family.rotary_fraction == 1 and config.get("partial_rotary_factor") not in (None, 1):
         refuse("partial_rotary_factor", "1")
-    if config["model_type"] == "qwen3_moe":
+    if config["model_type"] in _SPARSE_QWENS:
         if config.get("use_sliding_window"):
             refuse("use_sliding_window", "false")
         if config.get("decoder_sparse_step", 1) != 1:
@@ -202,13 +208,16 @@ def _refuse_features(config: Mapping[str, Any], family: Family, source: str) -> 
             refuse("mlp_only_layers", "[]: experts in every layer")
 
 
-def _mixture_of_experts(config: Mapping[str, Any], name: str, source: str) -> MixtureOfExperts:
+def _mixture_of_experts(config: Mapping[str, Any], family: Family, source: str) -> MixtureOfExperts:
     # transformers 5 writes num_local_experts for Qwen3, too.
     field = "num_local_experts" if "num_local_experts" in config else "num_experts"
     moe = MixtureOfExperts(
         num_experts=_integer(config, field, source),
         experts_per_token=_integer(config, "num_experts_per_tok", source),
-        normalized=name == "mixtral" or _flag(config, "norm_topk_prob", source),
+        normalized=config["model_type"] == "mixtral" or _flag(config, "norm_topk_prob", source),
+        shared_ffn_hidden_size=None
+        if family.shared_ffn_hidden_size is None
+        else _integer(config, family.shared_ffn_hidden_size, source),
     )
     if moe.experts_per_token > moe.num_experts:
         raise CheckpointError(

@@ -14,7 +14,7 @@ https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/transformer/attent
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -227,6 +227,15 @@ def layer_parameters(architecture: Architecture, layer: int) -> Iterator[Paramet
             f"{mlp}.experts.local_experts.{{expert}}",
             f"{hf_mlp}.experts.{expert}",
             expert,
+        )
+    if a.moe.shared_ffn_hidden_size is not None:
+        shared = replace(a, ffn_hidden_size=a.moe.shared_ffn_hidden_size)
+        yield from _feed_forward(shared, f"{mlp}.shared_experts", f"{hf_mlp}.shared_expert")
+        yield Parameter(
+            (f"{mlp}.shared_experts.gate_weight",),
+            (f"{hf_mlp}.shared_expert_gate.weight",),
+            ((1, h),),
+            Layout(),
         )
 
 

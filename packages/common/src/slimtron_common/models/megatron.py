@@ -174,6 +174,8 @@ def transformer_config(
             "num_moe_experts": a.moe.num_experts,
             "moe_router_topk": a.moe.experts_per_token,
             "moe_ffn_hidden_size": a.ffn_hidden_size,
+            "moe_shared_expert_intermediate_size": a.moe.shared_ffn_hidden_size,
+            "moe_shared_expert_gate": a.moe.shared_ffn_hidden_size is not None,
             # Softmax, then the choice; otherwise a softmax over the chosen, which sums to 1.
             "moe_router_pre_softmax": not a.moe.normalized,
             # Rounded logits would tie, and the layout of the processes decide.

@@ -37,7 +37,6 @@ _FIXED = {
 }
 _FIXED_MOE = {
     "moe_layer_freq": 1,
-    "moe_shared_expert_intermediate_size": None,
     "moe_router_score_function": "softmax",
     "moe_router_enable_expert_bias": False,
     "moe_router_topk_scaling_factor": None,
@@ -109,6 +108,8 @@ def recognize(model: ModelFields) -> Architecture:
     config = model.config
     moe = _mixture_of_experts(config)
     fixed = _FIXED | (_FIXED_MOE if moe else {})
+    if moe and moe.shared_ffn_hidden_size:
+        fixed["moe_shared_expert_gate"] = True
     differences = [
         f"{name} {found!r}"
         for name, wanted, found in (
@@ -135,7 +136,8 @@ def recognize(model: ModelFields) -> Architecture:
             f"activation_func {_name(config.activation_func)}, "
             f"gated_linear_unit {config.gated_linear_unit}, "
             f"add_qkv_bias {config.add_qkv_bias}, qk_layernorm {config.qk_layernorm}, "
-            f"num_moe_experts {config.num_moe_experts}, window_size {config.window_size}, "
+            f"num_moe_experts {config.num_moe_experts}, moe_shared_expert_intermediate_size "
+            f"{moe.shared_ffn_hidden_size if moe else None}, window_size {config.window_size}, "
             f"rotary_percent {fraction}, "
             f"scaled embeddings {traits['scaled_embeddings']}",
             allowed=", ".join(FAMILIES),
@@ -193,6 +195,7 @@ def _family(
         if (
             {**defaults, **family.traits} == traits
             and bool(family.num_experts) == bool(moe)
+            and bool(family.shared_ffn_hidden_size) == bool(moe and moe.shared_ffn_hidden_size)
             and (window is None or name in ("mistral", "mixtral", "qwen2", "qwen3"))
             and (fraction == 1 or family.rotary_fraction != 1)
             and (moe is None or moe.normalized or name != "mixtral")
@@ -209,6 +212,7 @@ def _mixture_of_experts(config: Any) -> MixtureOfExperts | None:
         experts_per_token=config.moe_router_topk,
         # A softmax over the chosen experts is one over all of them, made to sum to 1.
         normalized=not config.moe_router_pre_softmax,
+        shared_ffn_hidden_size=getattr(config, "moe_shared_expert_intermediate_size", None),
     )
 
 

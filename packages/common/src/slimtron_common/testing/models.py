@@ -14,6 +14,7 @@ _CLASSES = {
     "qwen3": "Qwen3",
     "mixtral": "Mixtral",
     "qwen3_moe": "Qwen3Moe",
+    "qwen2_moe": "Qwen2Moe",
     "gemma": "Gemma",
     "nemotron": "Nemotron",
 }
@@ -22,6 +23,11 @@ _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 _FIELDS: dict[str, dict[str, Any]] = {
     "mixtral": _EXPERTS,
     "qwen3_moe": {**_EXPERTS, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    "qwen2_moe": {
+        **_EXPERTS,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+    },
     "nemotron": {"norm_eps": 1e-5},
 }
 """What a family's config has besides."""

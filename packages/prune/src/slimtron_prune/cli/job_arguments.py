@@ -28,6 +28,9 @@ _SIZES: tuple[Flag, ...] = (
     ("--num-moe-experts", "pruning.target_num_moe_experts", int, "N", "experts of a layer"),
     ("--moe-ffn-hidden-size", "pruning.target_moe_ffn_hidden_size", int, "N",
      "width of an expert"),
+    ("--moe-shared-expert-intermediate-size",
+     "pruning.target_moe_shared_expert_intermediate_size", int, "N",
+     "width of the expert that serves all tokens"),
 )  # fmt: skip
 
 _BUDGET: tuple[Flag, ...] = (

@@ -144,6 +144,9 @@ def _shapes(source: Architecture, target: Architecture) -> Table:
     ]
     if source.moe and target.moe:
         rows.append(("experts", source.moe.num_experts, target.moe.num_experts))
+        before, after = source.moe.shared_ffn_hidden_size, target.moe.shared_ffn_hidden_size
+        if before is not None and after is not None:
+            rows.append(("width of the shared expert", before, after))
     return Table("Architecture", ("size", "original", "pruned"), tuple(rows))
 
 

@@ -130,6 +130,8 @@ class _Collector:
             hook = self._shard(sums["ffn"][number], energy)
             yield mlp.linear_fc2.register_forward_pre_hook(hook)
             return
+        if mlp.shared_experts is not None:
+            yield from self._shared(sums["shared"][number], mlp.shared_experts)
         experts = zip(mlp.local_expert_indices, mlp.experts.local_experts, strict=True)
         for index, expert in experts:
             hook = self._shard(sums["ffn"][number, index], energy)
@@ -189,6 +191,19 @@ class _Collector:
             return torch.einsum("thd,hde,the->h", x, products, x).double()
 
         return measure
+
+    def _shared(self, target: Tensor, module: Any) -> Iterator[RemovableHandle]:
+        """Adds the energy of a shared expert's channels, as much of it as its gate lets through."""
+        gates: list[Tensor] = []
+
+        def take(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            gates.append(F.linear(args[0], module.gate_weight).sigmoid())
+
+        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            target.add_(energy(args[0] * gates.pop()))
+
+        yield module.register_forward_pre_hook(take)
+        yield module.linear_fc2.register_forward_pre_hook(add)
 
     def _expert(self, number: int, index: int) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: tuple[Tensor, Any]) -> None:

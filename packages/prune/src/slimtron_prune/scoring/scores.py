@@ -64,6 +64,11 @@ class Scores:
         return self.sums["ffn"]
 
     @property
+    def shared(self) -> Tensor:
+        """Of the channels of the expert that serves all tokens ``[layers, f]``."""
+        return self.sums["shared"]
+
+    @property
     def heads(self) -> Tensor:
         """Of the query heads ``[layers, heads]``: the energy that each adds."""
         return self.sums["heads"]
@@ -112,7 +117,10 @@ def score_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     if a.moe is None:
         return {**shapes, "ffn": (a.num_layers, a.ffn_hidden_size)}
     experts = (a.num_layers, a.moe.num_experts)
-    return {**shapes, "experts": experts, "ffn": (*experts, a.ffn_hidden_size)}
+    shapes |= {"experts": experts, "ffn": (*experts, a.ffn_hidden_size)}
+    if a.moe.shared_ffn_hidden_size is not None:
+        shapes["shared"] = (a.num_layers, a.moe.shared_ffn_hidden_size)
+    return shapes
 
 
 def score_bytes(architecture: Architecture) -> int:
