@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from slimtron_common.errors import ParallelismError
 
-__all__ = ["Activation", "Architecture", "MixtureOfExperts", "Normalization"]
+__all__ = ["Activation", "Architecture", "Hybrid", "MixtureOfExperts", "Normalization"]
 
 Activation = Literal["swiglu", "geglu", "squared_relu"]
 """Of a feed-forward network. The first two are gated; geglu takes tanh's approximation of GELU."""
@@ -33,8 +33,41 @@ class MixtureOfExperts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Hybrid:
+    """Layers of different kinds, one part each, without position embeddings.
+
+    A Mamba layer is a Mamba-2 block (arXiv:2405.21060) with a norm of its own before the last
+    projection.
+    """
+
+    pattern: str
+    """The layers in their order: ``M`` a Mamba layer, ``*`` attention, ``-`` feed-forward."""
+
+    mamba_num_heads: int
+    mamba_head_dim: int
+    mamba_num_groups: int
+    """Groups of heads that share their projections B and C of the state."""
+
+    mamba_state_dim: int
+    """Numbers that each channel of a head remembers."""
+
+    conv_kernel: int = 4
+    """Tokens that the convolution looks back on, its own included."""
+
+    @property
+    def inner_size(self) -> int:
+        """Width of all Mamba heads together."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def states_size(self) -> int:
+        """Width of B of all groups together, equal to that of C."""
+        return self.mamba_num_groups * self.mamba_state_dim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """A decoder-only transformer with RoPE and grouped queries."""
+    """A decoder-only transformer with RoPE and grouped queries, or a hybrid with Mamba layers."""
 
     family: str
     """Hugging Face's ``model_type``, a key of ``FAMILIES``."""
@@ -68,6 +101,9 @@ class Architecture:
     normalization: Normalization = "rmsnorm"
     moe: MixtureOfExperts | None = None
     """None for a dense model."""
+
+    hybrid: Hybrid | None = None
+    """None for a transformer, each layer of which is attention and a feed-forward network."""
 
     tied_embeddings: bool = False
     """Whether the output layer is the transposed embedding."""
@@ -122,8 +158,11 @@ class Architecture:
 
     @property
     def pipeline_parallel_sizes(self) -> list[int]:
-        """Numbers of pipeline stages that the layers can be shared out to, one or more to each."""
-        return list(range(1, self.num_layers + 1))
+        """Numbers of pipeline stages that the layers can be shared out to, one or more to each.
+
+        Of a hybrid, which Megatron-Core cuts into equal parts, the divisors.
+        """
+        return _divisors(self.num_layers) if self.hybrid else list(range(1, self.num_layers + 1))
 
     def stage_layers(self, pipeline_parallel_size: int) -> list[int]:
         """Number of layers of each pipeline stage; the first ones get what is left over."""
@@ -164,10 +203,14 @@ class Architecture:
                 )
         if pipeline_parallel_size not in self.pipeline_parallel_sizes:
             raise ParallelismError(
-                f"every pipeline stage needs one of the model's {self.num_layers} layers",
+                f"every pipeline stage needs equally many of the hybrid's {self.num_layers} layers"
+                if self.hybrid
+                else f"every pipeline stage needs one of the model's {self.num_layers} layers",
                 where="parallel.pipeline_parallel_size",
                 found=pipeline_parallel_size,
-                allowed=f"1 to {self.num_layers}",
+                allowed=", ".join(map(str, self.pipeline_parallel_sizes))
+                if self.hybrid
+                else f"1 to {self.num_layers}",
             )
         chunks = pipeline_parallel_size * virtual_pipeline_size
         if virtual_pipeline_size > 1 and self.num_layers % chunks:
@@ -198,6 +241,9 @@ class Architecture:
         }
         if self.moe and self.moe.shared_ffn_hidden_size:
             cuts["channels of the shared expert"] = self.moe.shared_ffn_hidden_size
+        if self.hybrid:
+            cuts["Mamba heads"] = self.hybrid.mamba_num_heads
+            cuts["groups of Mamba heads"] = self.hybrid.mamba_num_groups
         return cuts
 
 

@@ -20,8 +20,9 @@ class Family:
     """Fields of ``Architecture`` in which it differs from a Llama."""
 
     norm_epsilon: str = "rms_norm_eps"
-    """Name of the field in ``config.json``, as the next three."""
+    """Name of the field in ``config.json``, as the next four."""
 
+    hidden_act: str = "hidden_act"
     ffn_hidden_size: str = "intermediate_size"
     num_experts: str | None = None
     """None for a dense family."""
@@ -38,8 +39,19 @@ class Family:
     rotary_fraction: float = 1.0
     """What an absent ``partial_rotary_factor`` means; where it is 1, nothing else is known."""
 
+    is_hybrid: bool = False
+    """Whether layers are of different kinds, some of them Mamba."""
+
+    embedding: str = "model.embed_tokens"
+    """Its name among the tensors."""
+
+    embedding_alias: str | None = None
+    """Another name that some version of transformers writes."""
+
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
     mlp: str = "mlp"
-    """Name of a layer's feed-forward network among the tensors."""
+    """A transformer's feed-forward network, within its layer."""
 
     up: tuple[str, ...] = ("gate_proj", "up_proj")
     """Names of its projections to the inner width, the gate first."""
@@ -83,6 +95,18 @@ FAMILIES: Mapping[str, Family] = {
         traits={"activation": "squared_relu", "normalization": "layernorm1p"},
         norm_epsilon="norm_eps",
         rotary_fraction=0.5,
+        up=("up_proj",),
+    ),
+    "nemotron_h": Family(
+        hf_class="NemotronHForCausalLM",
+        traits={"activation": "squared_relu"},
+        norm_epsilon="layer_norm_epsilon",
+        hidden_act="mlp_hidden_act",
+        is_hybrid=True,
+        embedding="backbone.embeddings",
+        embedding_alias="backbone.embedding",
+        layers="backbone.layers",
+        final_norm="backbone.norm_f",
         up=("up_proj",),
     ),
 }

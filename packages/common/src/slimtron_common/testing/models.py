@@ -17,6 +17,7 @@ _CLASSES = {
     "qwen2_moe": "Qwen2Moe",
     "gemma": "Gemma",
     "nemotron": "Nemotron",
+    "nemotron_h": "NemotronH",
 }
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
@@ -29,6 +30,14 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 48,
     },
     "nemotron": {"norm_eps": 1e-5},
+    "nemotron_h": {
+        "hybrid_override_pattern": "M-M*M-",
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "ssm_state_size": 16,
+        "use_mamba_kernels": False,
+    },
 }
 """What a family's config has besides."""
 
