@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from slimtron_common.errors import ParallelismError
@@ -53,6 +53,10 @@ class Hybrid:
 
     conv_kernel: int = 4
     """Tokens that the convolution looks back on, its own included."""
+
+    def keep(self, layers: Iterable[int]) -> Hybrid:
+        """Returns the hybrid with some of its layers alone, counted from 0."""
+        return replace(self, pattern="".join(self.pattern[n] for n in layers))
 
     @property
     def inner_size(self) -> int:
@@ -123,6 +127,13 @@ class Architecture:
 
     hf_extras: Mapping[str, Any] = field(default_factory=dict)
     """What else ``config.json`` said (token ids and the like), kept for writing it again."""
+
+    def layers_with(self, part: Literal["attention", "mlp", "mamba"]) -> list[int]:
+        """Numbers, from 0, of the layers that have a part."""
+        if self.hybrid is None:
+            return [] if part == "mamba" else list(range(self.num_layers))
+        letter = {"attention": "*", "mlp": "-", "mamba": "M"}[part]
+        return [n for n, kind in enumerate(self.hybrid.pattern) if kind == letter]
 
     @property
     def gated(self) -> bool:

@@ -330,8 +330,8 @@ def _mark_shards(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _quiet_construction() -> Iterator[None]:
-    """Silences what Megatron-Core says of GPTModel and of fusions each time one is built."""
-    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    """Silences what Megatron-Core says of GPTModel, of fusions and of its random numbers."""
+    logger = logging.getLogger("megatron.core")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -13,7 +13,7 @@ from slimtron_common.models.architecture import Architecture, Hybrid
 from slimtron_common.models.norms import NORMS
 from slimtron_common.parallel.context import ParallelContext
 
-__all__ = ["build_hybrid", "hybrid_settings"]
+__all__ = ["build_hybrid", "hybrid_arguments", "hybrid_settings"]
 
 
 def hybrid_settings(hybrid: Hybrid) -> dict[str, Any]:
@@ -52,31 +52,37 @@ def build_hybrid(
     hybrid = architecture.hybrid
     assert hybrid is not None, "the model is a hybrid"
     import_mamba_mixer()
+    name = "hybrid.hybrid_model" if _is_renamed() else "mamba"
+    module = importlib.import_module(f"megatron.core.models.{name}")
+    kind = module.HybridModel if _is_renamed() else module.MambaModel
     spec = _transformer_engine_spec() if use_transformer_engine else _local_spec(architecture)
-    options = {
-        "config": config,
-        "vocab_size": architecture.padded_vocab_size(context.tp_size),
-        "max_sequence_length": architecture.max_position_embeddings,
-        "pre_process": pre_process,
-        "post_process": post_process,
-        "parallel_output": True,
-        "share_embeddings_and_output_weights": architecture.tied_embeddings,
-        "position_embedding_type": "none",
-    }
-    model: nn.Module
-    if _is_renamed():
-        from megatron.core.models.hybrid.hybrid_model import HybridModel
-
-        count = architecture.num_layers // context.pp_size
-        stages = [hybrid.pattern[n : n + count] for n in range(0, len(hybrid.pattern), count)]
-        model = HybridModel(
-            hybrid_stack_spec=spec, hybrid_layer_pattern="|".join(stages), **options
-        )
-    else:
-        from megatron.core.models.mamba import MambaModel
-
-        model = MambaModel(mamba_stack_spec=spec, hybrid_override_pattern=hybrid.pattern, **options)
+    model: nn.Module = kind(
+        config=config,
+        vocab_size=architecture.padded_vocab_size(context.tp_size),
+        max_sequence_length=architecture.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=architecture.tied_embeddings,
+        position_embedding_type="none",
+        **hybrid_arguments(spec, hybrid.pattern, context.pp_size),
+    )
     return model
+
+
+def hybrid_arguments(spec: Any, pattern: str, num_stages: int) -> dict[str, Any]:
+    """What makes a hybrid of a layer spec and a pattern, by its names in this Megatron-Core.
+
+    Args:
+        spec: Of the stack of layers.
+        pattern: A letter for each layer.
+        num_stages: Pipeline stages, of equally many layers.
+    """
+    if not _is_renamed():
+        return {"mamba_stack_spec": spec, "hybrid_override_pattern": pattern}
+    count = len(pattern) // num_stages
+    stages = [pattern[n : n + count] for n in range(0, len(pattern), count)]
+    return {"hybrid_stack_spec": spec, "hybrid_layer_pattern": "|".join(stages)}
 
 
 def _is_renamed() -> bool:
