@@ -177,7 +177,7 @@ def install(session: nox.Session, line: str = DEVELOPMENT, cuda: str = "cpu") ->
     session.log(f"Installing the line {line}, which takes pip some minutes")
     _, versions = LINES[line]
     packages = [f"--editable=./packages/{package}" for package in PACKAGES]
-    packages[0] += "[data,demo]"
+    packages[0] += "[data,demo,mamba]"
     session.install(TORCH[cuda], *versions, *packages)
     session.install(*DEMO_WEIGHTS)
 

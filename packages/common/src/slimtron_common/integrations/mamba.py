@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from slimtron_common.errors import MissingDependencyError
 from slimtron_common.models.scan import gated_rms_norm, split_conv_scan
 
-__all__ = ["import_mamba_mixer"]
+__all__ = ["check_mamba", "import_mamba_mixer"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +32,9 @@ def import_mamba_mixer() -> Any:
     """Imports the module of ``MambaMixer``, complete.
 
     Raises:
-        MissingDependencyError: einops is not installed, which the mixer computes with.
+        MissingDependencyError: As ``check_mamba``.
     """
-    if importlib.util.find_spec("einops") is None:
-        raise MissingDependencyError(
-            "Megatron-Core's Mamba layers compute with einops",
-            found="not installed",
-            hint="pip install einops",
-        )
+    check_mamba()
     with _without_triton():
         module: Any = importlib.import_module("megatron.core.ssm.mamba_mixer")
     if not hasattr(module.ExtendedRMSNorm, "falls_back"):
@@ -51,6 +46,20 @@ def import_mamba_mixer() -> Any:
         module.ExtendedRMSNorm = _norm_class(module.ExtendedRMSNorm if kernels else None)
         module.HAVE_MAMBA_SSM = True
     return module
+
+
+def check_mamba() -> None:
+    """Refuses what Megatron-Core's Mamba layers cannot do without.
+
+    Raises:
+        MissingDependencyError: einops is not installed.
+    """
+    if importlib.util.find_spec("einops") is None:
+        raise MissingDependencyError(
+            "Megatron-Core's Mamba layers compute with einops",
+            found="not installed",
+            hint="pip install einops",
+        )
 
 
 @contextlib.contextmanager

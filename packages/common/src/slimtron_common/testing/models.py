@@ -37,6 +37,10 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "n_groups": 2,
         "ssm_state_size": 16,
         "use_mamba_kernels": False,
+        # In plain torch, transformers takes it for a limit, which no kernel has.
+        "time_step_min": 1e-8,
+        # transformers 5.14 knows no cache for layers that need none.
+        "use_cache": False,
     },
 }
 """What a family's config has besides."""

@@ -24,6 +24,7 @@ from slimtron_common.memory import (
     shard_parameters,
 )
 from slimtron_common.models import Architecture
+from slimtron_common.models.hybrid import refuse_hybrid
 from slimtron_common.parallel.context import (
     check_world_size,
     resolve_device,
@@ -165,6 +166,7 @@ def preflight(
             hint="`slimtron-quant export` writes it as a Hugging Face directory",
         )
     architecture, parallel = checkpoint.architecture, config.parallel
+    refuse_hybrid(architecture, "model")
     architecture.check_parallel(
         tensor_parallel_size=parallel.tensor_parallel_size,
         pipeline_parallel_size=parallel.pipeline_parallel_size,
