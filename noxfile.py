@@ -177,7 +177,7 @@ def install(session: nox.Session, line: str = DEVELOPMENT, cuda: str = "cpu") ->
     _, versions = LINES[line]
     extra = "[nemo]" if line == "nemo" else ""
     packages = [f"--editable=./packages/{package}{extra}" for package in PACKAGES]
-    packages.append("--editable=./packages/common[data,demo]")
+    packages.append("--editable=./packages/common[data,demo,mamba]")
     session.install(TORCH[cuda], *versions, *packages)
     session.install(*DEMO_WEIGHTS)
 

@@ -1,11 +1,14 @@
 """Perplexity of pruned models beside ModelOpt's own call and beside chance.
 
-    python benchmarks/pruning.py MODEL_DIR [--targets ffn,hidden] [--random 5] [--no-peer]
+    python benchmarks/pruning.py MODEL_DIR WORK_DIR [--targets ffn,hidden] [--random 5] [--no-peer]
 
 Slimtron scores the model once and cuts every target from the scores. The peer is ModelOpt's
 ``mtp.prune`` (Minitron) on the same Megatron-Core model, with the same tokens to score on and the
-same held-out tokens to measure with; it needs Transformer Engine, or the stand-in beside this file.
-Chance is the median of random choices of the same shape.
+same held-out tokens to measure with; it needs Transformer Engine, or the stand-in beside this file,
+and scores once, too. Chance is the median of random choices of the same shape. ``pp2`` scores,
+cuts and measures once more, on two pipeline stages in two processes.
+
+Each number is kept in WORK_DIR once it is there: the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -15,17 +18,19 @@ import contextlib
 import gc
 import importlib.util
 import io
+import json
 import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-if importlib.util.find_spec("transformer_engine") is None:
+# Not in the processes of a pipeline, which do without.
+if __name__ == "__main__" and importlib.util.find_spec("transformer_engine") is None:
     import transformer_engine_standin
 
     transformer_engine_standin.install()
@@ -35,6 +40,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from slimtron_common.atomic import atomic_write
 from slimtron_common.checkpoint import Checkpoint, open_checkpoint
 from slimtron_common.checkpoint.writer import write_safetensors
 from slimtron_common.data import DataConfig, TokenDataset, held_out_datasets
@@ -43,31 +49,57 @@ from slimtron_common.manifest import environment_versions
 from slimtron_common.models import Architecture
 from slimtron_common.models.counting import count_parameters
 from slimtron_common.models.megatron import build_model
-from slimtron_common.parallel import ParallelContext, forward_only, initialize_parallel
+from slimtron_common.parallel import (
+    ParallelConfig,
+    ParallelContext,
+    forward_only,
+    initialize_parallel,
+)
+from slimtron_common.testing import run_ranks
 from slimtron_prune import PruningConfig
 from slimtron_prune.cutting import Cutter
 from slimtron_prune.job.candidates import measure_selection
 from slimtron_prune.scoring.collect import collect_scores
-from slimtron_prune.scoring.scores import Scores
+from slimtron_prune.scoring.scores import Scores, load_scores, save_scores
 from slimtron_prune.selection import Selection, select
 from slimtron_prune.targets import WIDTH_MULTIPLE, target_architecture
 
+_FEWER_HEADS = {"target_num_attention_heads": 2 / 3, "target_num_query_groups": 1}
+_FEWER_GROUPS = {"target_num_attention_heads": 2 / 3, "target_num_query_groups": 2 / 3}
+_REST = {
+    "target_ffn_hidden_size": 2 / 3,
+    "target_num_layers": 26 / 30,
+    "target_hidden_size": 8 / 9,
+}
 _TARGETS = {
     "ffn": {"target_ffn_hidden_size": 2 / 3},
     "layers": {"target_num_layers": 26 / 30},
     "hidden": {"target_hidden_size": 8 / 9},
-    "heads": {"target_num_attention_heads": 2 / 3, "target_num_query_groups": 1},
-    "groups": {"target_num_attention_heads": 2 / 3, "target_num_query_groups": 2 / 3},
-    "all": {
-        "target_ffn_hidden_size": 2 / 3,
-        "target_num_layers": 26 / 30,
-        "target_hidden_size": 8 / 9,
-        "target_num_attention_heads": 2 / 3,
-        "target_num_query_groups": 2 / 3,
-    },
+    "heads": _FEWER_HEADS,
+    "groups": _FEWER_GROUPS,
+    "all-heads": {**_REST, **_FEWER_HEADS},
+    "all-groups": {**_REST, **_FEWER_GROUPS},
 }
 """Sizes as shares of the model's: of SmolLM2 feed-forward 1024, 26 layers, hidden 512, and 6 query
-heads in 3 groups (heads) or 2 (groups)."""
+heads in 3 groups (heads) or 2 (groups), which ModelOpt does not prune."""
+
+
+class Numbers:
+    """What was measured, by name, kept in a file as it comes in."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self._path = path
+        kept = json.loads(path.read_text()) if path.exists() else {"settings": settings}
+        if kept["settings"] != settings:
+            raise SystemExit(f"{path} has numbers of other settings: {kept['settings']}")
+        self.kept = kept
+
+    def get(self, name: str, measure: Callable[[], float]) -> float:
+        if name not in self.kept:
+            self.kept[name] = measure()
+            atomic_write(self._path, json.dumps(self.kept, indent=1) + "\n")
+            print(f"{name}: {self.kept[name]:.4g}", flush=True)
+        return float(self.kept[name])
 
 
 @dataclass
@@ -77,7 +109,7 @@ class Row:
     perplexity: float
     chance: float | None
     peer: float | None
-    cut_seconds: float
+    seconds: float
 
 
 @dataclass
@@ -87,6 +119,11 @@ class Bench:
     dtype: torch.dtype
     evaluation: list[torch.Tensor]
     scoring: list[torch.Tensor]
+    work: Path
+
+    def score(self) -> Scores:
+        model = _load(self, "local")
+        return collect_scores(model, self.scoring, self.checkpoint.architecture, self.context)
 
     def perplexity(self, selection: Selection) -> float:
         found = measure_selection(
@@ -104,6 +141,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
+    parser.add_argument("work", type=Path, help="where numbers and scores are kept")
     parser.add_argument("--targets", default=",".join(_TARGETS))
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--data", default="pydoc")
@@ -111,7 +149,11 @@ def main() -> None:
     parser.add_argument("--score-tokens", type=int, default=8192)
     parser.add_argument("--random", type=int, default=5, help="random choices of each shape")
     parser.add_argument("--no-peer", action="store_true", help="leave ModelOpt out")
+    parser.add_argument("--no-pp2", action="store_true", help="leave the pipeline out")
     args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    names = ("device", "data", "eval_tokens", "score_tokens")
+    numbers = Numbers(args.work / "numbers.json", {name: vars(args)[name] for name in names})
     checkpoint = open_checkpoint(f"hf:{args.model}")
     text = DataConfig(source=args.data, num_tokens=args.eval_tokens)
     evaluation, scoring = held_out_datasets(
@@ -120,38 +162,63 @@ def main() -> None:
     rows = []
     with initialize_parallel(device=args.device) as context:
         dtype = checkpoint.compute_dtype("auto", context.device.type)
-        bench = Bench(checkpoint, context, dtype, evaluation.batches(2), scoring.batches(2))
-        model = _load(bench, "local")
-        original = _perplexity(model, bench)
-        start = time.perf_counter()
-        scores = collect_scores(model, bench.scoring, checkpoint.architecture, context)
-        score_seconds = time.perf_counter() - start
-        del model
+        bench = Bench(
+            checkpoint, context, dtype, evaluation.batches(2), scoring.batches(2), args.work
+        )
+        numbers.get("original", lambda: _perplexity(_load(bench, "local"), bench))
+        numbers.get("seconds to score", lambda: _score(bench))
         for name in args.targets.split(","):
-            rows.append(_measure(name, bench, scores, args.random, peer=not args.no_peer))
-            print(rows[-1], flush=True)
-    _print(rows, original, score_seconds, evaluation, scoring, dtype)
+            rows.append(_measure(name, bench, numbers, args.random, peer=not args.no_peer))
+    if not args.no_pp2:
+        ours = f"{rows[-1].target}, two stages"
+        numbers.get(ours, lambda: _on_two_stages(rows[-1].target, args.model, bench))
+    _print(rows, numbers, evaluation, scoring, dtype)
 
 
-def _measure(name: str, bench: Bench, scores: Scores, num_random: int, *, peer: bool) -> Row:
+def _score(bench: Bench) -> float:
+    """Writes the scores, and returns how long they took."""
+    folder = _scores_folder(bench)
+    folder.mkdir(exist_ok=True)
+    start = time.perf_counter()
+    save_scores(folder, bench.score())
+    return time.perf_counter() - start
+
+
+def _scores_folder(bench: Bench) -> Path:
+    return bench.work / "scores"
+
+
+def _measure(name: str, bench: Bench, numbers: Numbers, num_random: int, *, peer: bool) -> Row:
     source = bench.checkpoint.architecture
+    target = _target(name, source)
+    scores = load_scores(_scores_folder(bench), source)
+    chance = [
+        numbers.get(
+            f"{name}, chance {seed}",
+            lambda seed=seed: bench.perplexity(select(target, _random_scores(scores, seed))),
+        )
+        for seed in range(num_random)
+    ]
+    perplexity = numbers.get(name, lambda: bench.perplexity(select(target, scores)))
+    seconds = numbers.get(f"{name}, seconds to cut", lambda: _seconds_to_cut(target, bench))
+    # ModelOpt does not prune query groups.
+    peer = peer and target.num_query_groups == source.num_query_groups
+    return Row(
+        target=name,
+        parameters=sum(count_parameters(target).values()),
+        perplexity=perplexity,
+        chance=statistics.median(chance) if chance else None,
+        peer=numbers.get(f"{name}, ModelOpt", lambda: _peer(bench, target)) if peer else None,
+        seconds=seconds,
+    )
+
+
+def _target(name: str, source: Architecture) -> Architecture:
     sizes = {
         field: _share(getattr(source, field.removeprefix("target_")), share, field)
         for field, share in _TARGETS[name].items()
     }
-    target = target_architecture(source, PruningConfig(**sizes))
-    selection = select(target, scores)
-    chance = [
-        bench.perplexity(select(target, _random_scores(scores, seed))) for seed in range(num_random)
-    ]
-    return Row(
-        target=name,
-        parameters=sum(count_parameters(target).values()),
-        perplexity=bench.perplexity(selection),
-        chance=statistics.median(chance) if chance else None,
-        peer=_peer(bench, target) if peer else None,
-        cut_seconds=_seconds_to_cut(selection, bench),
-    )
+    return target_architecture(source, PruningConfig(**sizes))
 
 
 def _share(size: int, share: float, field: str) -> int:
@@ -171,23 +238,49 @@ def _random_scores(scores: Scores, seed: int) -> Scores:
     return Scores(scores.architecture, sums)
 
 
-def _seconds_to_cut(selection: Selection, bench: Bench) -> float:
-    """Reading, cutting and writing the weights, from scores that are there."""
+def _seconds_to_cut(target: Architecture, bench: Bench) -> float:
+    """Reading scores that are there, and reading, cutting and writing the weights; of three."""
+    return min(_cut_once(target, bench) for _ in range(3))
+
+
+def _cut_once(target: Architecture, bench: Bench) -> float:
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        tensors = Cutter(selection).tensors(bench.checkpoint.tensors.read)
+        scores = load_scores(_scores_folder(bench), bench.checkpoint.architecture)
+        tensors = Cutter(select(target, scores)).tensors(bench.checkpoint.tensors.read)
         write_safetensors(Path(folder), tensors, bench.context)
         return time.perf_counter() - start
 
 
-def _peer(bench: Bench, target: Architecture) -> float | None:
-    """ModelOpt's perplexity; None for what it does not prune: query groups."""
+def _on_two_stages(name: str, model_dir: Path, bench: Bench) -> float:
+    """The perplexity of what two pipeline stages score, cut and measure."""
+    batches = (bench.evaluation, bench.scoring)
+    results = run_ranks(_stage, 2, name, model_dir, *batches, bench.dtype, timeout=3600)
+    return float(results[0])
+
+
+def _stage(
+    rank: int,
+    world_size: int,
+    name: str,
+    model_dir: Path,
+    evaluation: list[torch.Tensor],
+    scoring: list[torch.Tensor],
+    dtype: torch.dtype,
+) -> float:
+    checkpoint = open_checkpoint(f"hf:{model_dir}")
+    with initialize_parallel(
+        ParallelConfig(pipeline_parallel_size=world_size), device="cpu"
+    ) as context:
+        bench = Bench(checkpoint, context, dtype, evaluation, scoring, Path())
+        return bench.perplexity(select(_target(name, checkpoint.architecture), bench.score()))
+
+
+def _peer(bench: Bench, target: Architecture) -> float:
     import modelopt.torch.prune as mtp
     from modelopt.torch.prune.plugins.mcore_minitron import get_mcore_minitron_config
 
     source = bench.checkpoint.architecture
-    if target.num_query_groups != source.num_query_groups:
-        return None
     names = ("ffn_hidden_size", "hidden_size", "num_attention_heads", "num_layers")
     sizes = {
         name: getattr(target, name)
@@ -209,7 +302,10 @@ def _peer(bench: Bench, target: Architecture) -> float | None:
             ],
             constraints={"export_config": sizes},
             dummy_input=None,
-            config={"forward_loop": lambda m: forward_only(m, bench.scoring, bench.context)},
+            config={
+                "forward_loop": lambda m: forward_only(m, bench.scoring, bench.context),
+                "checkpoint": str(bench.work / "modelopt.pth"),
+            },
         )
     return _perplexity(model, bench)
 
@@ -244,15 +340,15 @@ def _perplexity(model: Any, bench: Bench) -> float:
 
 def _print(
     rows: list[Row],
-    original: float,
-    score_seconds: float,
+    numbers: Numbers,
     evaluation: TokenDataset,
     scoring: TokenDataset,
     dtype: torch.dtype,
 ) -> None:
+    seconds = numbers.kept["seconds to score"]
     table = Table(
-        "target", "parameters", "perplexity", "ModelOpt", "chance, median", "cut",
-        title=f"original {original:.2f}; scored in {score_seconds:.1f} s",
+        "target", "parameters", "perplexity", "ModelOpt", "chance, median", "cut", "faster",
+        title=f"original {numbers.kept['original']:.2f}; scored in {seconds:.1f} s",
     )  # fmt: skip
     for row in rows:
         table.add_row(
@@ -261,10 +357,14 @@ def _print(
             f"{row.perplexity:.2f}",
             "-" if row.peer is None else f"{row.peer:.2f}",
             "-" if row.chance is None else f"{row.chance:.2f}",
-            f"{row.cut_seconds:.2f} s",
+            f"{row.seconds:.2f} s",
+            f"{(seconds + row.seconds) / row.seconds:.0f}x",
         )
     console = Console(width=100)
     console.print(table)
+    for name, value in numbers.kept.items():
+        if name.endswith("two stages"):
+            console.print(f"{name}: {value:.6f}, on one {numbers.kept[name.split(',')[0]]:.6f}")
     versions = ", ".join(f"{name} {version}" for name, version in environment_versions().items())
     console.print(
         f"{date.today()}, {platform.machine()}, {torch.get_num_threads()} threads, {dtype}; "

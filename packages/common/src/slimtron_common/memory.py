@@ -55,6 +55,7 @@ def activation_bytes(
         experts_per_token: Experts that a token is sent to; None for the model's own number.
     """
     a, tensor = architecture, parallel.tensor_parallel_size
+    shared = a.moe.shared_ffn_hidden_size if a.moe else None
     routes = (
         (a.moe.experts_per_token if a.moe else 0)
         if experts_per_token is None
@@ -66,7 +67,7 @@ def activation_bytes(
             # copies of the widest hidden state.
             b * s * (a.vocab_size / tensor) * (itemsize + 4)
             + 3 * b * s * s * (a.num_attention_heads / tensor) * 4
-            + 6 * b * s * (a.ffn_hidden_size / tensor) * itemsize
+            + 6 * b * s * (max(a.ffn_hidden_size, shared or 0) / tensor) * itemsize
             # An expert's input, the copies that bring it there, and its output.
             + 4 * b * s * routes * a.hidden_size * itemsize
             for b, s in shapes

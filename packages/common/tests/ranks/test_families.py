@@ -10,7 +10,6 @@ import torch.distributed as dist
 import transformers
 
 from slimtron_common.checkpoint import open_checkpoint, save_huggingface
-from slimtron_common.checkpoint.huggingface import SafetensorsDirectory
 from slimtron_common.checkpoint.megatron import save_megatron
 from slimtron_common.models.megatron import architecture_of, build_model
 from slimtron_common.parallel import ParallelConfig, forward_only, initialize_parallel
@@ -19,10 +18,12 @@ from slimtron_common.testing import run_ranks, write_tiny_model
 MODELS = {
     "mixtral": ("mixtral", {"num_experts": 6}),
     "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": False}),
+    "qwen2_moe": ("qwen2_moe", {}),
     "gemma": ("gemma", {"head_dim": 32, "vocab_size": 299}),
     "nemotron": ("nemotron", {}),
+    "nemotron_h": ("nemotron_h", {}),
 }
-MIXTURES = ["mixtral", "qwen3_moe"]
+MIXTURES = ["mixtral", "qwen3_moe", "qwen2_moe"]
 
 LAYOUTS = {
     "tp2": (2, ParallelConfig(tensor_parallel_size=2), list(MODELS)),
@@ -58,6 +59,7 @@ def _run(path: Path, layout: ParallelConfig) -> tuple[int, dict[int, torch.Tenso
         checkpoint.load(model, context)
         assert architecture_of(model).family == architecture.family
         assert architecture_of(model).moe == architecture.moe
+        assert architecture_of(model).hybrid == architecture.hybrid
         logits: dict[int, torch.Tensor] = {}
         forward_only(
             model, _tokens(context.dp_rank), context, lambda i, x: logits.update({i: x.clone()})
@@ -92,15 +94,15 @@ def test_logits_are_those_of_transformers_and_weights_come_back(tmp_path: Path, 
         assert seen == {(rank, index) for rank in range(replicas) for index in range(2)}
 
         again = path.with_name(f"{path.name}-again")
-        before, after = (SafetensorsDirectory(p) for p in (path, again))
+        before, after = (open_checkpoint(f"hf:{p}").tensors for p in (path, again))  # type: ignore[attr-defined]
         assert sorted(after.names) == sorted(before.names)
         for tensor in before.names:
             assert torch.equal(after.read(tensor), before.read(tensor)), tensor
 
 
-def _save_shared_out(rank: int, world_size: int, path: Path) -> None:
+def _save(rank: int, world_size: int, path: Path, layout: ParallelConfig) -> None:
     checkpoint = open_checkpoint(f"hf:{path}")
-    with initialize_parallel(ParallelConfig(expert_parallel_size=2), device="cpu") as context:
+    with initialize_parallel(layout, device="cpu") as context:
         model = build_model(checkpoint.architecture, context, dtype=torch.float32)
         checkpoint.load(model, context)
         save_megatron(path.with_name("distributed"), model, checkpoint.architecture, context)
@@ -114,13 +116,20 @@ def _open_otherwise(rank: int, world_size: int, path: Path) -> None:
         save_huggingface(path.with_name("back"), model, checkpoint.architecture, context)
 
 
-def test_a_distributed_checkpoint_opens_with_its_experts_shared_out_otherwise(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("qwen3_moe", ParallelConfig(expert_parallel_size=2)),
+        ("nemotron_h", ParallelConfig(pipeline_parallel_size=2)),
+    ],
+)
+def test_a_distributed_checkpoint_opens_in_another_layout(
+    family: str, layout: ParallelConfig, tmp_path: Path
 ) -> None:
-    path = write_tiny_model(tmp_path / "model", "qwen3_moe", tokenizer=False)
-    run_ranks(_save_shared_out, 2, path)
+    path = write_tiny_model(tmp_path / "model", family, tokenizer=False)
+    run_ranks(_save, 2, path, layout)
     run_ranks(_open_otherwise, 2, path)
-    before, after = (SafetensorsDirectory(p) for p in (path, tmp_path / "back"))
+    before, after = (open_checkpoint(f"hf:{p}").tensors for p in (path, tmp_path / "back"))  # type: ignore[attr-defined]
     assert sorted(after.names) == sorted(before.names)
     for tensor in before.names:
         assert torch.equal(after.read(tensor), before.read(tensor)), tensor

@@ -26,10 +26,10 @@ class PruningConfig:
     """Key/value heads. Of each group that is kept, as many query heads are kept."""
 
     target_mamba_num_heads: int | None = None
-    """Heads of Mamba layers, which this version does not open."""
+    """Heads of Mamba layers; of each group, as many are kept."""
 
     target_mamba_head_dim: int | None = None
-    """Width of a head of Mamba layers, which this version does not open."""
+    """Width of a head of Mamba layers; each head keeps its own best channels."""
 
     target_num_layers: int | None = None
     """Layers; the least important go."""
@@ -44,7 +44,7 @@ class PruningConfig:
     """Inner width of each expert."""
 
     target_moe_shared_expert_intermediate_size: int | None = None
-    """Inner width of a shared expert, which no model has that this version opens."""
+    """Inner width of the expert that serves all tokens."""
 
     def __post_init__(self) -> None:
         for name, value in self.targets.items():

@@ -23,11 +23,14 @@ _PROBE: dict[str, Any] = {
     "num_query_groups": 100_003,
     "head_dim": 1,
 }
+_SHARED = 1_000_039
+_MAMBA_HEADS = 400_009
 _AXES: dict[int, Axis] = {
     _PROBE["hidden_size"]: "hidden",
     _PROBE["ffn_hidden_size"]: "ffn",
     _PROBE["num_attention_heads"]: "queries",
     _PROBE["num_query_groups"]: "key_values",
+    _SHARED: "shared",
 }
 
 
@@ -46,7 +49,7 @@ class Cut:
     axes: tuple[Axis | None, ...]
     """What runs along each dimension; None for what is never cut."""
 
-    factor: float
+    factor: float | Tensor
     """What is left is multiplied by this: 1, but for norms over fewer channels."""
 
 
@@ -84,6 +87,8 @@ class Cutter:
             kept = None if axis is None else self.selection.indices(axis, cut.layer, cut.expert)
             if kept is not None and len(kept) < tensor.shape[dim]:
                 tensor = tensor.index_select(dim, kept.to(tensor.device))
+        if isinstance(cut.factor, Tensor):
+            return (tensor.float() * cut.factor.to(tensor.device)).to(tensor.dtype)
         if cut.factor == 1:
             return tensor
         stored_less = 1 if self.selection.source.normalization.endswith("1p") else 0
@@ -95,8 +100,18 @@ def _cuts(selection: Selection) -> Iterator[Cut]:
     axes = dict(_AXES)
     if source.moe:
         axes[source.moe.num_experts] = "experts"
-    # Layers are alike, and experts: one layer of the source says which axes a tensor has.
-    probe = replace(source, num_layers=1, **_PROBE)
+    # Layers are alike, and experts: one layer of each kind says which axes a tensor has.
+    moe, hybrid, num_layers = source.moe, source.hybrid, 1
+    if moe and moe.shared_ffn_hidden_size is not None:
+        moe = replace(moe, shared_ffn_hidden_size=_SHARED)
+    if hybrid:
+        hybrid = replace(hybrid, pattern="M*-", mamba_num_heads=_MAMBA_HEADS, mamba_head_dim=2)
+        num_layers = len(hybrid.pattern)
+        states = 2 * hybrid.states_size
+        axes[_MAMBA_HEADS], axes[hybrid.inner_size] = "mamba_heads", "mamba_inner"
+        axes[hybrid.inner_size + states] = "mamba_conv"
+        axes[2 * hybrid.inner_size + states + _MAMBA_HEADS] = "mamba_projection"
+    probe = replace(source, num_layers=num_layers, moe=moe, hybrid=hybrid, **_PROBE)
     shapes = {(rule.names, rule.expert): rule.hf_shapes for _, rule in model_parameters(probe)}
     rules = {(layer, rule.names, rule.expert): rule for layer, rule in model_parameters(source)}
     norms: Counter[int | None] = Counter()
@@ -110,9 +125,13 @@ def _cuts(selection: Selection) -> Iterator[Cut]:
             rule.hf_names, old.hf_names, shapes[rule.names, expert], strict=True
         ):
             along = tuple(axes.get(size) for size in shape)
-            factor = 1.0
+            factor: float | Tensor = 1.0
             if along == ("hidden",):
                 # Only a norm has a weight for each hidden channel.
                 factor = selection.norm_factor(layer, norms[layer])
                 norms[layer] += 1
+            elif along == ("mamba_inner",):
+                assert layer is not None, "Mamba layers have a norm of their own"
+                own = selection.mamba_norm_factor(layer)
+                factor = 1.0 if own is None else own
             yield Cut(name, of, layer, expert, along, factor)

@@ -193,4 +193,5 @@ def _as_original(pruned: Architecture, original: Architecture) -> Architecture:
         num_attention_heads=pruned.num_attention_heads,
         num_query_groups=pruned.num_query_groups,
         moe=pruned.moe,
+        hybrid=pruned.hybrid,
     )

@@ -15,7 +15,9 @@ from slimtron_common.checkpoint.weights import BoundParameter, bound_parameters,
 from slimtron_common.errors import ParallelismError
 from slimtron_common.models import Architecture
 from slimtron_common.models.adjustments import scale_embeddings, weight_expert_outputs
+from slimtron_common.models.architecture import Hybrid
 from slimtron_common.models.mapping import Parameter, model_parameters
+from slimtron_common.models.megatron_hybrid import hybrid_arguments
 from slimtron_common.parallel import ParallelContext
 from slimtron_prune.cutting import Cutter
 from slimtron_prune.selection import Selection
@@ -30,7 +32,7 @@ def shrink_model(model: Any, selection: Selection, context: ParallelContext) -> 
     All processes call it. Layers stay on the pipeline stages that they are on.
 
     Args:
-        model: A bare ``GPTModel``, at any tensor and pipeline size.
+        model: A bare ``GPTModel`` or hybrid, at any tensor and pipeline size.
         selection: What is kept of it.
         context: This process's place.
 
@@ -44,7 +46,11 @@ def shrink_model(model: Any, selection: Selection, context: ParallelContext) -> 
     requires_grad = any(p.requires_grad for p in model.parameters())
     _update_config(model.config, selection.target, stages)
     first = sum(stages[: context.pp_rank])
-    smaller = _build(model, selection, first, stages[context.pp_rank])
+    smaller = (
+        _build(model, selection, first, stages[context.pp_rank])
+        if selection.target.hybrid is None
+        else _build_hybrid(model, selection.target.hybrid, context.pp_size)
+    )
     smaller.to(device=parameter.device, dtype=parameter.dtype).requires_grad_(requires_grad)
     smaller.train(model.training)
     # Whoever holds the object keeps it, and it keeps its own hooks.
@@ -79,6 +85,13 @@ def check_stages(model: Any, selection: Selection, context: ParallelContext) -> 
             where=f"pipeline stage {stages.index(0)}",
             found=f"{stages} layers",
             hint="prune at a smaller pipeline size: a checkpoint opens in any layout",
+        )
+    if selection.source.hybrid is not None and len(set(stages)) > 1:
+        raise ParallelismError(
+            "the pipeline stages of a hybrid have equally many layers",
+            where="pipeline stages",
+            found=f"{stages} layers",
+            hint="prune at a smaller pipeline size, or drop as many layers of each stage",
         )
     return stages
 
@@ -116,6 +129,10 @@ def _update_config(config: Any, target: Architecture, stages: list[int]) -> None
         config.ffn_hidden_size = a.ffn_hidden_size
     else:
         config.moe_ffn_hidden_size, config.num_moe_experts = a.ffn_hidden_size, a.moe.num_experts
+        config.moe_shared_expert_intermediate_size = a.moe.shared_ffn_hidden_size
+    if a.hybrid is not None:
+        config.mamba_num_heads = a.hybrid.mamba_num_heads
+        config.mamba_head_dim = a.hybrid.mamba_head_dim
     config.num_layers_in_first_pipeline_stage = config.num_layers_in_last_pipeline_stage = None
     config.account_for_embedding_in_pipeline_split = False
     config.account_for_loss_in_pipeline_split = False
@@ -172,6 +189,21 @@ def _build(model: Any, selection: Selection, first: int, count: int) -> Any:
         scale_embeddings(smaller.embedding)
     weight_expert_outputs(smaller)
     return smaller
+
+
+def _build_hybrid(model: Any, hybrid: Hybrid, num_stages: int) -> Any:
+    spec = getattr(model, "hybrid_stack_spec", None) or model.mamba_stack_spec
+    names = (
+        *("config", "vocab_size", "max_sequence_length", "pre_process", "post_process"),
+        *("fp16_lm_cross_entropy", "parallel_output", "share_embeddings_and_output_weights"),
+        *("position_embedding_type", "pg_collection"),
+    )
+    with _without_initialization(model.config), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return type(model)(
+            **{name: getattr(model, name) for name in names},
+            **hybrid_arguments(spec, hybrid.pattern, num_stages),
+        )
 
 
 @contextlib.contextmanager

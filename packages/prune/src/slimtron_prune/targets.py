@@ -7,6 +7,7 @@ from typing import Any
 
 from slimtron_common.errors import ConfigError
 from slimtron_common.models import Architecture
+from slimtron_common.models.architecture import Hybrid
 from slimtron_prune.config import PruningConfig
 
 __all__ = ["WIDTH_MULTIPLE", "target_architecture"]
@@ -31,6 +32,7 @@ def target_architecture(source: Architecture, config: PruningConfig) -> Architec
             "there is nothing to prune to",
             hint="set a target such as target_ffn_hidden_size, or drop_layers",
         )
+    # Until it is known which layers stay, a hybrid's pattern is that of the first ones.
     if config.drop_layers is not None:
         return _without_layers(source, config.drop_layers)
     _refuse_absent(source, config)
@@ -52,17 +54,25 @@ def target_architecture(source: Architecture, config: PruningConfig) -> Architec
             original = getattr(source, name)
             _check_size(where, wanted, original, width=name.endswith("hidden_size"))
             changes[name] = wanted
-    if source.moe and (experts := config.target_num_moe_experts) is not None:
-        _check_size("target_num_moe_experts", experts, source.moe.num_experts, width=False)
-        fewest = max(source.moe.experts_per_token, 2)
+    moe = source.moe
+    if moe and (experts := config.target_num_moe_experts) is not None:
+        _check_size("target_num_moe_experts", experts, moe.num_experts, width=False)
+        fewest = max(moe.experts_per_token, 2)
         if experts < fewest:
             raise ConfigError(
-                f"each token goes to {source.moe.experts_per_token} of several experts",
+                f"each token goes to {moe.experts_per_token} of several experts",
                 where="target_num_moe_experts",
                 found=experts,
-                allowed=f"{fewest} to {source.moe.num_experts}",
+                allowed=f"{fewest} to {moe.num_experts}",
             )
-        changes["moe"] = replace(source.moe, num_experts=experts)
+        moe = replace(moe, num_experts=experts)
+    width = config.target_moe_shared_expert_intermediate_size
+    if moe and moe.shared_ffn_hidden_size is not None and width is not None:
+        where = "target_moe_shared_expert_intermediate_size"
+        _check_size(where, width, moe.shared_ffn_hidden_size, width=True)
+        moe = replace(moe, shared_ffn_hidden_size=width)
+    changes["moe"] = moe
+    changes["hybrid"] = _target_hybrid(source, config)
     target = replace(source, **changes)
     _check_heads(source, target)
     if target == source:
@@ -83,20 +93,45 @@ def _without_layers(source: Architecture, dropped: list[int]) -> Architecture:
         )
     if len(dropped) == source.num_layers:
         raise ConfigError("no layer would be left", where="drop_layers", found=dropped)
-    return replace(source, num_layers=source.num_layers - len(dropped))
+    left = [n for n in range(source.num_layers) if n + 1 not in dropped]
+    return replace(source, num_layers=len(left), hybrid=source.hybrid and source.hybrid.keep(left))
+
+
+def _target_hybrid(source: Architecture, config: PruningConfig) -> Hybrid | None:
+    hybrid = source.hybrid
+    if hybrid is None:
+        return None
+    heads, width = config.target_mamba_num_heads, config.target_mamba_head_dim
+    if heads is not None:
+        where = "target_mamba_num_heads"
+        _check_size(where, heads, hybrid.mamba_num_heads, width=False)
+        if heads % hybrid.mamba_num_groups:
+            raise ConfigError(
+                "every group of Mamba heads keeps equally many",
+                where=where,
+                found=heads,
+                allowed=f"a multiple of {hybrid.mamba_num_groups}",
+            )
+        hybrid = replace(hybrid, mamba_num_heads=heads)
+    if width is not None:
+        _check_size("target_mamba_head_dim", width, hybrid.mamba_head_dim, width=True)
+        hybrid = replace(hybrid, mamba_head_dim=width)
+    return hybrid.keep(range(config.target_num_layers or source.num_layers))
 
 
 def _refuse_absent(source: Architecture, config: PruningConfig) -> None:
-    absent = {
-        "target_mamba_num_heads": "Mamba layers",
-        "target_mamba_head_dim": "Mamba layers",
-        "target_moe_shared_expert_intermediate_size": "shared experts",
-    }
-    hint = None
-    if source.moe:
+    absent = {}
+    if not source.layers_with("mamba"):
+        absent["target_mamba_num_heads"] = absent["target_mamba_head_dim"] = "Mamba layers"
+    if not source.layers_with("attention"):
+        absent["target_num_attention_heads"] = "attention"
+    if source.moe is None or source.moe.shared_ffn_hidden_size is None:
+        absent["target_moe_shared_expert_intermediate_size"] = "shared experts"
+    hint: Any = None
+    if source.moe or not source.layers_with("mlp"):
         absent["target_ffn_hidden_size"] = "dense feed-forward networks"
-        hint = "target_moe_ffn_hidden_size sets the width of the experts"
-    else:
+        hint = source.moe and "target_moe_ffn_hidden_size sets the width of the experts"
+    if source.moe is None:
         absent["target_num_moe_experts"] = absent["target_moe_ffn_hidden_size"] = "experts"
     for name, parts in absent.items():
         if name in config.targets:

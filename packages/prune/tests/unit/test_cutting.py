@@ -19,7 +19,7 @@ from slimtron_prune.cutting import Cutter
 from slimtron_prune.scoring.scores import Scores
 from slimtron_prune.selection import select
 
-FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "nemotron", "mixtral", "qwen3_moe"]
+FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "nemotron", "mixtral", "qwen3_moe", "qwen2_moe"]
 
 
 RandomScores = Callable[[Architecture], Scores]
@@ -81,6 +81,9 @@ def test_transformers_has_a_place_for_every_tensor(
     write_tiny_model(tmp_path / "m", family, tokenizer=False)
     checkpoint = open_checkpoint(f"hf:{tmp_path / 'm'}")
     source = checkpoint.architecture
+    moe = source.moe and replace(source.moe, num_experts=3)
+    if moe and moe.shared_ffn_hidden_size:
+        moe = replace(moe, shared_ffn_hidden_size=40)
     target = replace(
         source,
         num_layers=3,
@@ -88,7 +91,7 @@ def test_transformers_has_a_place_for_every_tensor(
         ffn_hidden_size=24,
         num_attention_heads=2,
         num_query_groups=2,
-        moe=source.moe and replace(source.moe, num_experts=3),
+        moe=moe,
     )
     cutter = Cutter(select(target, random_scores(source)))
     tensors = dict(cutter.tensors(checkpoint.tensors.read))  # type: ignore[attr-defined]

@@ -41,7 +41,7 @@ class Wrapper(torch.nn.Module):
         self.config = module.config
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "nemotron", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "nemotron", "mixtral", "qwen2_moe"])
 def test_whoever_holds_the_model_holds_the_smaller_one(family: str, tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "m", family)
     checkpoint = open_checkpoint(f"hf:{tmp_path / 'm'}")
@@ -50,6 +50,8 @@ def test_whoever_holds_the_model_holds_the_smaller_one(family: str, tmp_path: Pa
         pruning = PruningConfig(
             None, 48, 2, 2, target_num_moe_experts=3, target_moe_ffn_hidden_size=64
         )
+    if family == "qwen2_moe":
+        pruning = PruningConfig(None, 48, 2, 2, target_moe_shared_expert_intermediate_size=32)
     data = dataset()
     tokens = data.tokens.copy()
     with initialize_parallel(device="cpu") as context:

@@ -21,6 +21,7 @@ from slimtron_common.integrations.modelopt import shared_experts, to_modelopt
 from slimtron_common.integrations.modelopt_state import quiet_modelopt
 from slimtron_common.integrations.nemo import describe_with_nemo
 from slimtron_common.models.adjustments import weight_expert_outputs
+from slimtron_common.models.hybrid import refuse_hybrid
 from slimtron_common.models.megatron import architecture_of
 from slimtron_common.parallel import ParallelContext, forward_only, unwrap_model
 from slimtron_common.progress import Progress
@@ -104,8 +105,9 @@ class Quantizer:
         Raises:
             ConfigError: The settings do not fit the model, or there is nothing to calibrate
                 with. The model is untouched.
-            UnsupportedModelError: The layer spec has no place for quantizers of the KV cache.
-                The model carries quantizers and has to be loaded again.
+            UnsupportedModelError: The model is a hybrid and untouched; or the layer spec has no
+                place for quantizers of the KV cache. The model then carries quantizers and has to
+                be loaded again.
             CalibrationError: A scale came out unusable, or the forward loop failed. The model
                 carries quantizers and has to be loaded again.
         """
@@ -214,9 +216,11 @@ class Quantizer:
         return config.algorithm
 
     def _scheme(self, model: nn.Module, context: ParallelContext) -> Scheme:
+        architecture = architecture_of(model)
+        refuse_hybrid(architecture, "model")
         return quantization_scheme(
             self.quantization_config,
-            architecture_of(model),
+            architecture,
             tensor_parallel_size=context.tp_size,
         )
 

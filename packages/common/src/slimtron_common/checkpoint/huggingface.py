@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from slimtron_common.checkpoint.writer import (
 from slimtron_common.errors import CheckpointError
 from slimtron_common.manifest import write_manifest
 from slimtron_common.models.architecture import Architecture
+from slimtron_common.models.families import FAMILIES
 from slimtron_common.models.huggingface import config_from_architecture
 from slimtron_common.models.mapping import model_parameters
 from slimtron_common.parallel.context import ParallelContext
@@ -38,13 +41,19 @@ __all__ = [
 class SafetensorsDirectory:
     """The tensors of a directory's safetensors files, read one at a time.
 
+    Args:
+        path: The directory.
+        aliases: Names that a tensor may be stored under, and the name that it goes by.
+
     Raises:
         CheckpointError: No safetensors file, a corrupt one, or an index that does not match.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, aliases: Mapping[str, str] = MappingProxyType({})) -> None:
         self.path = path
-        self._file_of = self._locate()
+        stored = self._locate()
+        self._stored_name = {aliases.get(name, name): name for name in stored}
+        self._file_of = {aliases.get(name, name): file for name, file in stored.items()}
         # safetensors ships no types.
         self._open: dict[str, Any] = {}
 
@@ -61,7 +70,7 @@ class SafetensorsDirectory:
         """Each tensor's safetensors type and shape, read without its data."""
         found = {}
         for name in self._file_of:
-            piece = self._handle(name).get_slice(name)
+            piece = self._handle(name).get_slice(self._stored_name[name])
             found[name] = (piece.get_dtype(), tuple(piece.get_shape()))
         return found
 
@@ -79,7 +88,7 @@ class SafetensorsDirectory:
         if name not in self._file_of:
             raise CheckpointError("a tensor is missing", where=self.path, found=name)
         try:
-            tensor: torch.Tensor = self._handle(name).get_tensor(name)
+            tensor: torch.Tensor = self._handle(name).get_tensor(self._stored_name[name])
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{name} cannot be read: {error}", where=self.path / self._file_of[name]
@@ -157,7 +166,11 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         super().__init__(path, trust_remote_code=trust_remote_code)
-        self.tensors = SafetensorsDirectory(path)
+        family = FAMILIES[self.architecture.family]
+        aliases = {}
+        if family.embedding_alias is not None:
+            aliases[f"{family.embedding_alias}.weight"] = f"{family.embedding}.weight"
+        self.tensors = SafetensorsDirectory(path, aliases)
         self._check_headers()
 
     @property

@@ -60,7 +60,8 @@ def _bound_parameters(model: nn.Module, architecture: Architecture) -> list[Boun
     layers: Any = model.decoder.layers  # type: ignore[union-attr]
     # What lies outside layers, or is no expert's, has no number.
     local = {None: None, **{layer.layer_number - 1: i for i, layer in enumerate(layers)}}
-    indices = getattr(layers[0].mlp, "local_expert_indices", [])
+    mlp = getattr(layers[0], "mlp", None)
+    indices = getattr(mlp, "local_expert_indices", [])
     experts = {None: None, **{expert: i for i, expert in enumerate(indices)}}
     bound = []
     for layer, rule in model_parameters(architecture):

@@ -56,6 +56,18 @@ def _print(inspection: Inspection) -> None:
             if a.moe
             else []
         ),
+        *(
+            [
+                ("layers", a.hybrid.pattern),
+                (
+                    "mamba",
+                    f"{a.hybrid.mamba_num_heads} heads of {a.hybrid.mamba_head_dim}, "
+                    f"{a.hybrid.mamba_num_groups} groups, state {a.hybrid.mamba_state_dim}",
+                ),
+            ]
+            if a.hybrid
+            else []
+        ),
         (
             "attention",
             f"{a.num_attention_heads} heads of {a.head_dim}, {a.num_query_groups} key/value heads",
@@ -75,7 +87,7 @@ def _print(inspection: Inspection) -> None:
         ("quantized", _quantization(inspection)),
         ("tokenizer", "present" if inspection.tokenizer else "absent"),
         ("tensor-parallel sizes", ", ".join(map(str, inspection.tensor_parallel_sizes))),
-        ("pipeline sizes", f"1 to {max(inspection.pipeline_parallel_sizes)}"),
+        ("pipeline sizes", _pipeline_sizes(inspection)),
         *(
             [("expert-parallel sizes", ", ".join(map(str, inspection.expert_parallel_sizes)))]
             if a.moe
@@ -93,8 +105,17 @@ def _print(inspection: Inspection) -> None:
         print("Slimtron opens original weights only: `slimtron-quant verify DIR` checks this one.")
 
 
+def _pipeline_sizes(inspection: Inspection) -> str:
+    sizes = inspection.pipeline_parallel_sizes
+    if inspection.architecture.hybrid:
+        return ", ".join(map(str, sizes))
+    return f"1 to {max(sizes)}"
+
+
 def _positions(architecture: Architecture) -> str:
     a = architecture
+    if a.hybrid:
+        return f"{a.max_position_embeddings}, none embedded"
     parts = [f"{a.max_position_embeddings}", f"RoPE base {a.rotary_base:g}"]
     if a.rotary_fraction != 1:
         parts.append(f"on {a.rotary_fraction:.0%} of each head")

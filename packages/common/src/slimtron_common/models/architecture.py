@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from slimtron_common.errors import ParallelismError
 
-__all__ = ["Activation", "Architecture", "MixtureOfExperts", "Normalization"]
+__all__ = ["Activation", "Architecture", "Hybrid", "MixtureOfExperts", "Normalization"]
 
 Activation = Literal["swiglu", "geglu", "squared_relu"]
 """Of a feed-forward network. The first two are gated; geglu takes tanh's approximation of GELU."""
@@ -27,10 +27,51 @@ class MixtureOfExperts:
     """Whether the weights of a token's experts sum to 1; if not, they are the experts' shares of
     a softmax over all experts."""
 
+    shared_ffn_hidden_size: int | None = None
+    """Inner width of an expert that serves all tokens, each as much as a gate lets it; None
+    without."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hybrid:
+    """Layers of different kinds, one part each, without position embeddings.
+
+    A Mamba layer is a Mamba-2 block (arXiv:2405.21060) with a norm of its own before the last
+    projection.
+    """
+
+    pattern: str
+    """The layers in their order: ``M`` a Mamba layer, ``*`` attention, ``-`` feed-forward."""
+
+    mamba_num_heads: int
+    mamba_head_dim: int
+    mamba_num_groups: int
+    """Groups of heads that share their projections B and C of the state."""
+
+    mamba_state_dim: int
+    """Numbers that each channel of a head remembers."""
+
+    conv_kernel: int = 4
+    """Tokens that the convolution looks back on, its own included."""
+
+    def keep(self, layers: Iterable[int]) -> Hybrid:
+        """Returns the hybrid with some of its layers alone, counted from 0."""
+        return replace(self, pattern="".join(self.pattern[n] for n in layers))
+
+    @property
+    def inner_size(self) -> int:
+        """Width of all Mamba heads together."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def states_size(self) -> int:
+        """Width of B of all groups together, equal to that of C."""
+        return self.mamba_num_groups * self.mamba_state_dim
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """A decoder-only transformer with RoPE and grouped queries."""
+    """A decoder-only transformer with RoPE and grouped queries, or a hybrid with Mamba layers."""
 
     family: str
     """Hugging Face's ``model_type``, a key of ``FAMILIES``."""
@@ -65,6 +106,9 @@ class Architecture:
     moe: MixtureOfExperts | None = None
     """None for a dense model."""
 
+    hybrid: Hybrid | None = None
+    """None for a transformer, each layer of which is attention and a feed-forward network."""
+
     tied_embeddings: bool = False
     """Whether the output layer is the transposed embedding."""
 
@@ -84,6 +128,13 @@ class Architecture:
     hf_extras: Mapping[str, Any] = field(default_factory=dict)
     """What else ``config.json`` said (token ids and the like), kept for writing it again."""
 
+    def layers_with(self, part: Literal["attention", "mlp", "mamba"]) -> list[int]:
+        """Numbers, from 0, of the layers that have a part."""
+        if self.hybrid is None:
+            return [] if part == "mamba" else list(range(self.num_layers))
+        letter = {"attention": "*", "mlp": "-", "mamba": "M"}[part]
+        return [n for n, kind in enumerate(self.hybrid.pattern) if kind == letter]
+
     @property
     def gated(self) -> bool:
         """Whether a feed-forward network multiplies two projections of its input."""
@@ -101,7 +152,7 @@ class Architecture:
 
     @property
     def num_expert_parameters(self) -> int:
-        """Weights of all experts of all layers together; 0 for a dense model."""
+        """Weights of all experts that tokens are sent to, of all layers; 0 for a dense model."""
         matrices = 3 if self.gated else 2
         size = matrices * self.hidden_size * self.ffn_hidden_size
         return self.num_layers * self.moe.num_experts * size if self.moe else 0
@@ -118,8 +169,11 @@ class Architecture:
 
     @property
     def pipeline_parallel_sizes(self) -> list[int]:
-        """Numbers of pipeline stages that the layers can be shared out to, one or more to each."""
-        return list(range(1, self.num_layers + 1))
+        """Numbers of pipeline stages that the layers can be shared out to, one or more to each.
+
+        Of a hybrid, which Megatron-Core cuts into equal parts, the divisors.
+        """
+        return _divisors(self.num_layers) if self.hybrid else list(range(1, self.num_layers + 1))
 
     def stage_layers(self, pipeline_parallel_size: int) -> list[int]:
         """Number of layers of each pipeline stage; the first ones get what is left over."""
@@ -160,10 +214,14 @@ class Architecture:
                 )
         if pipeline_parallel_size not in self.pipeline_parallel_sizes:
             raise ParallelismError(
-                f"every pipeline stage needs one of the model's {self.num_layers} layers",
+                f"every pipeline stage needs equally many of the hybrid's {self.num_layers} layers"
+                if self.hybrid
+                else f"every pipeline stage needs one of the model's {self.num_layers} layers",
                 where="parallel.pipeline_parallel_size",
                 found=pipeline_parallel_size,
-                allowed=f"1 to {self.num_layers}",
+                allowed=", ".join(map(str, self.pipeline_parallel_sizes))
+                if self.hybrid
+                else f"1 to {self.num_layers}",
             )
         chunks = pipeline_parallel_size * virtual_pipeline_size
         if virtual_pipeline_size > 1 and self.num_layers % chunks:
@@ -187,11 +245,17 @@ class Architecture:
     @property
     def _tensor_cuts(self) -> dict[str, int]:
         """What tensor parallelism shares out, by its name for messages."""
-        return {
+        cuts = {
             "attention heads": self.num_attention_heads,
             "key/value heads (query groups)": self.num_query_groups,
             "feed-forward channels": self.ffn_hidden_size,
         }
+        if self.moe and self.moe.shared_ffn_hidden_size:
+            cuts["channels of the shared expert"] = self.moe.shared_ffn_hidden_size
+        if self.hybrid:
+            cuts["Mamba heads"] = self.hybrid.mamba_num_heads
+            cuts["groups of Mamba heads"] = self.hybrid.mamba_num_groups
+        return cuts
 
 
 def _divisors(count: int) -> list[int]:

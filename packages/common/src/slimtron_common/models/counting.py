@@ -11,26 +11,28 @@ from slimtron_common.models.mapping import model_parameters
 __all__ = ["count_parameters"]
 
 _COMPONENTS = {
-    "embed_tokens": "embedding",
-    "self_attn": "attention",
+    "embedding": "embedding",
+    "self_attention": "attention",
+    "mixer": "mamba",
     "experts": "experts",
-    "gate": "router",
+    "router": "router",
+    "shared_experts": "shared expert",
     "mlp": "mlp",
-    "lm_head": "output",
+    "output_layer": "output",
 }
+"""By what Megatron-Core's names have in them."""
 
 
 def count_parameters(architecture: Architecture) -> dict[str, int]:
     """Counts parameters by component, a tied output layer once.
 
     Returns:
-        Of embedding, attention, mlp (or router and experts), norms and output, those that the
-        model has.
+        Of embedding, attention, mamba, mlp (or router, experts and shared expert), norms and
+        output, those that the model has.
     """
     counts: Counter[str] = Counter()
     for _, rule in model_parameters(architecture):
-        for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True):
-            counts[_component(name)] += math.prod(shape)
+        counts[_component(rule.names[0])] += sum(map(math.prod, rule.hf_shapes))
     return dict(counts)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from slimtron_common.errors import CheckpointError, UnsupportedModelError
 from slimtron_common.models.architecture import Architecture, MixtureOfExperts
 from slimtron_common.models.families import FAMILIES, Family
+from slimtron_common.models.fields import flag, integer, number
+from slimtron_common.models.hybrid import HYBRID_FIELDS, hybrid_fields, read_hybrid
 
 __all__ = ["architecture_from_config", "config_from_architecture"]
 
@@ -23,7 +24,7 @@ _MODELLED = frozenset(
         "hidden_activation", "dtype", "torch_dtype", "transformers_version", "pretraining_tp",
         "partial_rotary_factor", "quantization_config", "num_local_experts", "num_experts",
         "num_experts_per_tok", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers",
-        "use_bidirectional_attention",
+        "use_bidirectional_attention", "qkv_bias", "mlp_hidden_act", *HYBRID_FIELDS,
     }
 )  # fmt: skip
 
@@ -33,6 +34,8 @@ _ACTIVATIONS = {
     "squared_relu": ("relu2",),
 }
 """Hugging Face's names of the functions; the first is written."""
+
+_SPARSE_QWENS = ("qwen2_moe", "qwen3_moe")
 
 # What Megatron-Core's rotary embedding has built in for Llama 3's scaling.
 _LLAMA3_CONSTANTS = {
@@ -71,36 +74,37 @@ def architecture_from_config(config: Mapping[str, Any], *, source: str) -> Archi
             hint="start from the original, unquantized checkpoint",
         )
     _refuse_features(config, family, source)
-    heads = _integer(config, "num_attention_heads", source)
-    groups = _integer(config, "num_key_value_heads", source, default=heads)
+    heads = integer(config, "num_attention_heads", source)
+    groups = integer(config, "num_key_value_heads", source, default=heads)
     if heads % groups:
         raise CheckpointError(
             "num_key_value_heads must divide num_attention_heads",
             where=source,
             found=f"{groups} and {heads}",
         )
-    hidden = _integer(config, "hidden_size", source)
-    layers = _integer(config, "num_hidden_layers", source)
-    own_names = {family.norm_epsilon, family.ffn_hidden_size}
+    hidden = integer(config, "hidden_size", source)
+    hybrid = read_hybrid(config, source) if family.is_hybrid else None
+    layers = len(hybrid.pattern) if hybrid else integer(config, "num_hidden_layers", source)
+    own_names = {family.norm_epsilon, family.ffn_hidden_size, family.shared_ffn_hidden_size}
     return Architecture(
         family=name,
         num_layers=layers,
         hidden_size=hidden,
-        ffn_hidden_size=_integer(config, family.ffn_hidden_size, source),
+        ffn_hidden_size=integer(config, family.ffn_hidden_size, source),
         num_attention_heads=heads,
         num_query_groups=groups,
-        head_dim=_integer(config, "head_dim", source, default=hidden // heads),
-        vocab_size=_integer(config, "vocab_size", source),
-        max_position_embeddings=_integer(config, "max_position_embeddings", source),
-        norm_epsilon=_number(config, family.norm_epsilon, source, default=1e-6),
-        moe=_mixture_of_experts(config, name, source) if family.num_experts else None,
-        tied_embeddings=_flag(
-            config, "tie_word_embeddings", source, default=family.tied_embeddings
-        ),
+        # A hybrid's heads are wider than its hidden size would have them.
+        head_dim=integer(config, "head_dim", source, default=128 if hybrid else hidden // heads),
+        vocab_size=integer(config, "vocab_size", source),
+        max_position_embeddings=integer(config, "max_position_embeddings", source),
+        norm_epsilon=number(config, family.norm_epsilon, source, default=1e-6),
+        moe=_mixture_of_experts(config, family, source) if family.num_experts else None,
+        hybrid=hybrid,
+        tied_embeddings=flag(config, "tie_word_embeddings", source, default=family.tied_embeddings),
         sliding_window=_sliding_window(config, name, layers, source),
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
         hf_extras={k: v for k, v in config.items() if k not in _MODELLED | own_names},
-        **_rotary(config, family, source),
+        **({"rotary_base": family.rotary_base} if hybrid else _rotary(config, family, source)),
         **family.traits,
     )
 
@@ -131,23 +135,27 @@ def config_from_architecture(
         "num_attention_heads": a.num_attention_heads,
         "num_key_value_heads": a.num_query_groups,
         "head_dim": a.head_dim,
-        "hidden_act": _ACTIVATIONS[a.activation][0],
+        family.hidden_act: _ACTIVATIONS[a.activation][0],
         "vocab_size": a.vocab_size,
         "max_position_embeddings": a.max_position_embeddings,
         family.norm_epsilon: a.norm_epsilon,
-        "rope_theta": a.rotary_base,
-        "rope_scaling": scaling,
         "tie_word_embeddings": a.tied_embeddings,
         "torch_dtype": dtype or a.dtype,
     }
+    if a.hybrid is None:
+        config.update(rope_theta=a.rotary_base, rope_scaling=scaling)
+    else:
+        config.update(hybrid_fields(a.hybrid))
     if family.rotary_fraction != 1:
         config["partial_rotary_factor"] = a.rotary_fraction
-    if a.family not in ("qwen2", "mistral", "mixtral"):
+    if a.family not in ("qwen2", "qwen2_moe", "mistral", "mixtral"):
         config["attention_bias"] = False
     if a.moe is not None and family.num_experts is not None:
         config[family.num_experts] = a.moe.num_experts
         config["num_experts_per_tok"] = a.moe.experts_per_token
-        if a.family == "qwen3_moe":
+        if family.shared_ffn_hidden_size is not None:
+            config[family.shared_ffn_hidden_size] = a.moe.shared_ffn_hidden_size
+        if a.family in _SPARSE_QWENS:
             config.update(
                 norm_topk_prob=a.moe.normalized, decoder_sparse_step=1, mlp_only_layers=[]
             )
@@ -180,7 +188,7 @@ def _refuse_features(config: Mapping[str, Any], family: Family, source: str) -> 
 
     activations = _ACTIVATIONS[family.traits.get("activation", "swiglu")]
     # Gemma's first configs have two fields, and the second is the one that counts.
-    field = "hidden_activation" if config.get("hidden_activation") else "hidden_act"
+    field = "hidden_activation" if config.get("hidden_activation") else family.hidden_act
     if config.get(field, activations[0]) not in activations:
         refuse(field, activations[0])
     if config.get("mlp_bias"):
@@ -189,11 +197,13 @@ def _refuse_features(config: Mapping[str, Any], family: Family, source: str) -> 
     # with biases in the feed-forward layers. Qwen2 has no such field.
     if config.get("attention_bias") and config["model_type"] != "qwen2":
         refuse("attention_bias", "false")
+    if config["model_type"] == "qwen2_moe" and config.get("qkv_bias") is False:
+        refuse("qkv_bias", "true")
     if config.get("use_bidirectional_attention"):
         refuse("use_bidirectional_attention", "false")
     if family.rotary_fraction == 1 and config.get("partial_rotary_factor") not in (None, 1):
         refuse("partial_rotary_factor", "1")
-    if config["model_type"] == "qwen3_moe":
+    if config["model_type"] in _SPARSE_QWENS:
         if config.get("use_sliding_window"):
             refuse("use_sliding_window", "false")
         if config.get("decoder_sparse_step", 1) != 1:
@@ -202,13 +212,16 @@ def _refuse_features(config: Mapping[str, Any], family: Family, source: str) -> 
             refuse("mlp_only_layers", "[]: experts in every layer")
 
 
-def _mixture_of_experts(config: Mapping[str, Any], name: str, source: str) -> MixtureOfExperts:
+def _mixture_of_experts(config: Mapping[str, Any], family: Family, source: str) -> MixtureOfExperts:
     # transformers 5 writes num_local_experts for Qwen3, too.
     field = "num_local_experts" if "num_local_experts" in config else "num_experts"
     moe = MixtureOfExperts(
-        num_experts=_integer(config, field, source),
-        experts_per_token=_integer(config, "num_experts_per_tok", source),
-        normalized=name == "mixtral" or _flag(config, "norm_topk_prob", source),
+        num_experts=integer(config, field, source),
+        experts_per_token=integer(config, "num_experts_per_tok", source),
+        normalized=config["model_type"] == "mixtral" or flag(config, "norm_topk_prob", source),
+        shared_ffn_hidden_size=None
+        if family.shared_ffn_hidden_size is None
+        else integer(config, family.shared_ffn_hidden_size, source),
     )
     if moe.experts_per_token > moe.num_experts:
         raise CheckpointError(
@@ -235,11 +248,11 @@ def _rotary(config: Mapping[str, Any], family: Family, source: str) -> dict[str,
         )
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     both = {**config, **parameters}
-    found = {"rotary_base": _number(both, "rope_theta", source, default=family.rotary_base)}
+    found = {"rotary_base": number(both, "rope_theta", source, default=family.rotary_base)}
     ignored = {"rope_type", "type", "rope_theta"}
     if family.rotary_fraction != 1:
         ignored.add("partial_rotary_factor")
-        fraction = _number(both, "partial_rotary_factor", source, default=family.rotary_fraction)
+        fraction = number(both, "partial_rotary_factor", source, default=family.rotary_fraction)
         if fraction > 1:
             raise CheckpointError(
                 "partial_rotary_factor must be at most 1", where=source, found=fraction
@@ -255,9 +268,9 @@ def _rotary(config: Mapping[str, Any], family: Family, source: str) -> dict[str,
     if kind == "default" and settings.keys() <= {"factor", "original_max_position_embeddings"}:
         return found
     if kind == "linear" and settings.keys() - {"original_max_position_embeddings"} == {"factor"}:
-        return {**found, "rotary_interpolation": _number(settings, "factor", source)}
+        return {**found, "rotary_interpolation": number(settings, "factor", source)}
     if kind == "llama3" and settings == {"factor": settings.get("factor"), **_LLAMA3_CONSTANTS}:
-        return {**found, "rotary_scaling_factor": _number(settings, "factor", source)}
+        return {**found, "rotary_scaling_factor": number(settings, "factor", source)}
     raise UnsupportedModelError(
         "this RoPE scaling is not what Megatron-Core computes",
         where=source,
@@ -275,9 +288,9 @@ def _sliding_window(
     if config.get("sliding_window", None if family == "mixtral" else 4096) is None:
         return None
     if family.startswith("qwen"):
-        if not _flag(config, "use_sliding_window", source):
+        if not flag(config, "use_sliding_window", source):
             return None
-        first = _integer(config, "max_window_layers", source, default=28, minimum=0)
+        first = integer(config, "max_window_layers", source, default=28, minimum=0)
         derived = ["full_attention"] * first + ["sliding_attention"] * num_layers
         kinds = config.get("layer_types") or derived[:num_layers]
         if "sliding_attention" not in kinds:
@@ -289,42 +302,4 @@ def _sliding_window(
                 found=f"max_window_layers {first}, layer_types {config.get('layer_types')}",
                 allowed="a window in all layers, or in none",
             )
-    return _integer(config, "sliding_window", source, default=4096)
-
-
-def _integer(
-    config: Mapping[str, Any],
-    name: str,
-    source: str,
-    *,
-    default: int | None = None,
-    minimum: int = 1,
-) -> int:
-    value = config.get(name)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise CheckpointError(
-            f"{name} must be an integer of {minimum} or more", where=source, found=repr(value)
-        )
-    return value
-
-
-def _number(
-    config: Mapping[str, Any], name: str, source: str, *, default: float | None = None
-) -> float:
-    value = config.get(name)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise CheckpointError(f"{name} must be a positive number", where=source, found=repr(value))
-    return float(value)
-
-
-def _flag(config: Mapping[str, Any], name: str, source: str, *, default: bool = False) -> bool:
-    value = config.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise CheckpointError(f"{name} must be true or false", where=source, found=repr(value))
-    return value
+    return integer(config, "sliding_window", source, default=4096)

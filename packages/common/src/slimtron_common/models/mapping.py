@@ -1,131 +1,23 @@
-"""Which Hugging Face tensors make up which Megatron-Core parameter, and how they are cut.
-
-A ``Layout`` knows the two directions for one kind of parameter: ``merge`` cuts this
-tensor-parallel process's shard out of whole Hugging Face tensors, ``split`` turns the shards
-of all processes back into whole Hugging Face tensors. Both act on dimension 0 (output
-channels) or the last (input channels) and leave the others alone, so quantization scales
-travel by the same rules as the weights that they belong to.
-
-Megatron-Core interleaves queries, keys and values by query group, and keeps the gate and the
-up projection of one process next to each other:
-https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/transformer/attention.py
-"""
+"""Which Hugging Face tensors make up which Megatron-Core parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-import torch
-
-from slimtron_common.models.architecture import Architecture
+from slimtron_common.models.architecture import Architecture, Hybrid
 from slimtron_common.models.families import FAMILIES
+from slimtron_common.models.layouts import (
+    Column,
+    Gated,
+    Layout,
+    Packed,
+    QueryKeyValue,
+    Row,
+    Vocabulary,
+)
 
-__all__ = ["Layout", "Parameter", "layer_parameters", "model_parameters"]
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How a parameter is cut over tensor-parallel processes; this one is not cut at all."""
-
-    @property
-    def dim(self) -> int | None:
-        """The dimension that is cut: 0, -1, or None."""
-        return None
-
-    def merge(self, tensors: Sequence[torch.Tensor], tp_rank: int, tp_size: int) -> torch.Tensor:
-        """Returns the shard ``tp_rank`` of the parameter made of whole ``tensors``."""
-        return tensors[0]
-
-    def split(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Returns the whole tensors that the shards of all processes make up."""
-        return [shards[0]]
-
-
-@dataclass(frozen=True, slots=True)
-class OutputCut(Layout):
-    """Cut along dimension 0 (output channels)."""
-
-    @property
-    def dim(self) -> int | None:
-        return 0
-
-
-@dataclass(frozen=True, slots=True)
-class Column(OutputCut):
-    """One tensor, cut along dimension 0."""
-
-    def merge(self, tensors: Sequence[torch.Tensor], tp_rank: int, tp_size: int) -> torch.Tensor:
-        return tensors[0].chunk(tp_size, 0)[tp_rank]
-
-    def split(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [torch.cat(list(shards), 0)]
-
-
-@dataclass(frozen=True, slots=True)
-class Row(Layout):
-    """Cut along the last dimension (input channels)."""
-
-    @property
-    def dim(self) -> int | None:
-        return -1
-
-    def merge(self, tensors: Sequence[torch.Tensor], tp_rank: int, tp_size: int) -> torch.Tensor:
-        return tensors[0].chunk(tp_size, -1)[tp_rank]
-
-    def split(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [torch.cat(list(shards), -1)]
-
-
-@dataclass(frozen=True, slots=True)
-class Vocabulary(OutputCut):
-    """Cut along dimension 0 after padding with zeros to a multiple of the processes."""
-
-    vocab_size: int
-
-    def merge(self, tensors: Sequence[torch.Tensor], tp_rank: int, tp_size: int) -> torch.Tensor:
-        rows = -(-self.vocab_size // tp_size)
-        shard = tensors[0][rows * tp_rank : rows * (tp_rank + 1)]
-        padding = rows - shard.shape[0]
-        return torch.cat([shard, shard.new_zeros(padding, *shard.shape[1:])]) if padding else shard
-
-    def split(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [torch.cat(list(shards), 0)[: self.vocab_size]]
-
-
-@dataclass(frozen=True, slots=True)
-class Gated(OutputCut):
-    """Gate over up projection; each process holds its part of both."""
-
-    def merge(self, tensors: Sequence[torch.Tensor], tp_rank: int, tp_size: int) -> torch.Tensor:
-        return torch.cat([tensor.chunk(tp_size, 0)[tp_rank] for tensor in tensors], 0)
-
-    def split(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        halves = [shard.chunk(2, 0) for shard in shards]
-        return [torch.cat([half[i] for half in halves], 0) for i in range(2)]
-
-
-@dataclass(frozen=True, slots=True)
-class QueryKeyValue(OutputCut):
-    """For each query group: its query heads, then its key head, then its value head."""
-
-    num_query_groups: int
-    queries_per_group: int
-    head_dim: int
-
-    def merge(self, tensors: Sequence[torch.Tensor], tp_rank: int, tp_size: int) -> torch.Tensor:
-        rest = tensors[0].shape[1:]
-        grouped = torch.cat(
-            [tensor.reshape(self.num_query_groups, -1, *rest) for tensor in tensors], 1
-        )
-        return grouped.chunk(tp_size, 0)[tp_rank].reshape(-1, *rest)
-
-    def split(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        whole = torch.cat(list(shards), 0)
-        rest = whole.shape[1:]
-        sizes = [self.queries_per_group * self.head_dim, self.head_dim, self.head_dim]
-        grouped = whole.reshape(self.num_query_groups, sum(sizes), *rest)
-        return [part.reshape(-1, *rest) for part in torch.split(grouped, sizes, 1)]
+__all__ = ["Parameter", "layer_parameters", "model_parameters"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,36 +41,47 @@ def model_parameters(architecture: Architecture) -> Iterator[tuple[int | None, P
     Megatron-Core numbers the layers of a pipeline stage and the experts of a process from 0: the
     names hold the fields ``{layer}`` and ``{expert}`` for the local numbers.
     """
-    a = architecture
+    a, family = architecture, FAMILIES[architecture.family]
     shapes, vocabulary = ((a.vocab_size, a.hidden_size),), Vocabulary(a.vocab_size)
     embedding = Parameter(
-        ("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), shapes, vocabulary
+        ("embedding.word_embeddings.weight",), (f"{family.embedding}.weight",), shapes, vocabulary
     )
     output = Parameter(("output_layer.weight",), ("lm_head.weight",), shapes, vocabulary)
     yield None, embedding
     for layer in range(a.num_layers):
         for parameter in layer_parameters(architecture, layer):
             yield layer, parameter
-    for parameter in _norm(a, ("decoder.final_layernorm.",), "model.norm"):
+    # The second is its name in a hybrid.
+    final = ("decoder.final_layernorm.", "decoder.final_norm.")
+    for parameter in _norm(a, final, family.final_norm):
         yield None, parameter
     if not a.tied_embeddings:
         yield None, output
 
 
 def layer_parameters(architecture: Architecture, layer: int) -> Iterator[Parameter]:
-    """Yields the parameters of one transformer layer, ``layer`` counted from 0."""
+    """Yields the parameters of one layer, ``layer`` counted from 0."""
+    megatron = "decoder.layers.{layer}"
+    hf = f"{FAMILIES[architecture.family].layers}.{layer}"
+    if architecture.hybrid is not None:
+        yield from _hybrid_layer(architecture, architecture.hybrid, layer, megatron, hf)
+        return
+    norms = [f"{hf}.{name}" for name in ("input_layernorm", "post_attention_layernorm")]
+    yield from _attention(architecture, megatron, norms[0], f"{hf}.self_attn")
+    yield from _mlp(architecture, megatron, norms[1], f"{hf}.{FAMILIES[architecture.family].mlp}")
+
+
+def _attention(
+    architecture: Architecture, megatron: str, hf_norm: str, hf: str
+) -> Iterator[Parameter]:
+    """A norm and the attention after it."""
     a = architecture
     h, q, kv = a.hidden_size, a.query_size, a.key_value_size
-    megatron, hf = "decoder.layers.{layer}", f"model.layers.{layer}"
-    attention, mlp = f"{megatron}.self_attention", f"{megatron}.mlp"
+    attention = f"{megatron}.self_attention"
     qkv = QueryKeyValue(a.num_query_groups, a.num_attention_heads // a.num_query_groups, a.head_dim)
-    qkv_names = [f"{hf}.self_attn.{x}_proj" for x in "qkv"]
-
-    yield from _norm(
-        a,
-        (f"{megatron}.input_layernorm.", f"{attention}.linear_qkv.layer_norm_"),
-        f"{hf}.input_layernorm",
-    )
+    qkv_names = [f"{hf}.{x}_proj" for x in "qkv"]
+    norms = (f"{megatron}.input_layernorm.", f"{attention}.linear_qkv.layer_norm_")
+    yield from _norm(a, norms, hf_norm)
     yield Parameter(
         (f"{attention}.linear_qkv.weight",),
         tuple(f"{name}.weight" for name in qkv_names),
@@ -196,38 +99,89 @@ def layer_parameters(architecture: Architecture, layer: int) -> Iterator[Paramet
         for x in "qk":
             yield Parameter(
                 (f"{attention}.{x}_layernorm.weight",),
-                (f"{hf}.self_attn.{x}_norm.weight",),
+                (f"{hf}.{x}_norm.weight",),
                 ((a.head_dim,),),
                 Layout(),
             )
     yield Parameter(
-        (f"{attention}.linear_proj.weight",),
-        (f"{hf}.self_attn.o_proj.weight",),
-        ((h, q),),
-        Row(),
+        (f"{attention}.linear_proj.weight",), (f"{hf}.o_proj.weight",), ((h, q),), Row()
     )
-    yield from _norm(
-        a,
-        (f"{megatron}.pre_mlp_layernorm.", f"{mlp}.linear_fc1.layer_norm_"),
-        f"{hf}.post_attention_layernorm",
-    )
-    hf_mlp = f"{hf}.{FAMILIES[a.family].mlp}"
+
+
+def _mlp(architecture: Architecture, megatron: str, hf_norm: str, hf: str) -> Iterator[Parameter]:
+    """A norm and the feed-forward network or the experts after it."""
+    a = architecture
+    mlp = f"{megatron}.mlp"
+    norms = (f"{megatron}.pre_mlp_layernorm.", f"{mlp}.linear_fc1.layer_norm_")
+    yield from _norm(a, norms, hf_norm)
     if a.moe is None:
-        yield from _feed_forward(a, mlp, hf_mlp)
+        yield from _feed_forward(a, mlp, hf)
         return
     yield Parameter(
         (f"{mlp}.router.weight",),
-        (f"{hf_mlp}.gate.weight",),
-        ((a.moe.num_experts, h),),
+        (f"{hf}.gate.weight",),
+        ((a.moe.num_experts, a.hidden_size),),
         Layout(),
     )
     for expert in range(a.moe.num_experts):
         yield from _feed_forward(
             a,
             f"{mlp}.experts.local_experts.{{expert}}",
-            f"{hf_mlp}.experts.{expert}",
+            f"{hf}.experts.{expert}",
             expert,
         )
+    if a.moe.shared_ffn_hidden_size is not None:
+        shared = replace(a, ffn_hidden_size=a.moe.shared_ffn_hidden_size)
+        yield from _feed_forward(shared, f"{mlp}.shared_experts", f"{hf}.shared_expert")
+        yield Parameter(
+            (f"{mlp}.shared_experts.gate_weight",),
+            (f"{hf}.shared_expert_gate.weight",),
+            ((1, a.hidden_size),),
+            Layout(),
+        )
+
+
+def _hybrid_layer(
+    architecture: Architecture, hybrid: Hybrid, layer: int, megatron: str, hf: str
+) -> Iterator[Parameter]:
+    """A norm and what the pattern has at this place."""
+    norm, mixer = f"{hf}.norm", f"{hf}.mixer"
+    kind = hybrid.pattern[layer]
+    if kind == "*":
+        yield from _attention(architecture, megatron, norm, mixer)
+    elif kind == "-":
+        yield from _mlp(architecture, megatron, norm, mixer)
+    else:
+        norms = (f"{megatron}.norm.", f"{megatron}.mixer.in_proj.layer_norm_")
+        yield from _norm(architecture, norms, norm)
+        yield from _mamba(architecture.hidden_size, hybrid, f"{megatron}.mixer", mixer)
+
+
+def _mamba(hidden_size: int, hybrid: Hybrid, megatron: str, hf: str) -> Iterator[Parameter]:
+    heads, inner, states = hybrid.mamba_num_heads, hybrid.inner_size, hybrid.states_size
+    # What the convolution sees, and around it the gate and the time steps.
+    convolved = (inner, states, states)
+    projected = (inner, *convolved, heads)
+    yield Parameter(
+        (f"{megatron}.in_proj.weight",),
+        (f"{hf}.in_proj.weight",),
+        ((sum(projected), hidden_size),),
+        Packed(projected),
+    )
+    for kind, shape in (("weight", (1, hybrid.conv_kernel)), ("bias", ())):
+        yield Parameter(
+            # The second is its name since Megatron-Core 0.19.
+            (f"{megatron}.conv1d.{kind}", f"{megatron}.conv1d_{kind}"),
+            (f"{hf}.conv1d.{kind}",),
+            ((sum(convolved), *shape),),
+            Packed(convolved),
+        )
+    for name in ("A_log", "D", "dt_bias"):
+        yield Parameter((f"{megatron}.{name}",), (f"{hf}.{name}",), ((heads,),), Column())
+    yield Parameter((f"{megatron}.norm.weight",), (f"{hf}.norm.weight",), ((inner,),), Column())
+    yield Parameter(
+        (f"{megatron}.out_proj.weight",), (f"{hf}.out_proj.weight",), ((hidden_size, inner),), Row()
+    )
 
 
 def _norm(architecture: Architecture, prefixes: tuple[str, ...], hf: str) -> Iterator[Parameter]:

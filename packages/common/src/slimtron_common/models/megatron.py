@@ -18,6 +18,7 @@ from slimtron_common.errors import MissingDependencyError, ParallelismError
 from slimtron_common.integrations.megatron_core import import_moe_utils
 from slimtron_common.models.adjustments import scale_embeddings, weight_expert_outputs
 from slimtron_common.models.architecture import Activation, Architecture
+from slimtron_common.models.megatron_hybrid import build_hybrid, hybrid_settings
 from slimtron_common.models.norms import NORMS
 from slimtron_common.models.recognition import architecture_of
 from slimtron_common.parallel.context import ParallelContext
@@ -78,8 +79,8 @@ def build_model(
         vp_stage: The chunk to build of an interleaved pipeline's stage.
 
     Returns:
-        ``megatron.core.models.gpt.GPTModel`` in eval mode on ``context.device``; its parameters
-        require no gradient.
+        ``megatron.core.models.gpt.GPTModel``, or what ``build_hybrid`` builds, in eval mode on
+        ``context.device``; its parameters require no gradient.
 
     Raises:
         ParallelismError: The model cannot be cut this way.
@@ -99,24 +100,35 @@ def build_model(
     config = transformer_config(architecture, context, dtype=dtype, settings=settings)
     if architecture.moe:
         import_moe_utils()
+    model: Any
     with _quiet_construction():
-        model = GPTModel(
-            config=config,
-            transformer_layer_spec=_block_spec(architecture, config, use_te, vp_stage),
-            vocab_size=architecture.padded_vocab_size(context.tp_size),
-            max_sequence_length=architecture.max_position_embeddings,
-            pre_process=is_first,
-            post_process=is_last,
-            vp_stage=vp_stage,
-            parallel_output=True,
-            share_embeddings_and_output_weights=architecture.tied_embeddings,
-            position_embedding_type="rope",
-            rotary_percent=architecture.rotary_fraction,
-            rotary_base=_rotary_base(architecture),
-            rope_scaling=architecture.rotary_scaling_factor is not None,
-            rope_scaling_factor=architecture.rotary_scaling_factor or 8.0,
-            seq_len_interpolation_factor=architecture.rotary_interpolation,
-        )
+        if architecture.hybrid is not None:
+            model = build_hybrid(
+                architecture,
+                config,
+                context,
+                use_transformer_engine=use_te,
+                pre_process=is_first,
+                post_process=is_last,
+            )
+        else:
+            model = GPTModel(
+                config=config,
+                transformer_layer_spec=_block_spec(architecture, config, use_te, vp_stage),
+                vocab_size=architecture.padded_vocab_size(context.tp_size),
+                max_sequence_length=architecture.max_position_embeddings,
+                pre_process=is_first,
+                post_process=is_last,
+                vp_stage=vp_stage,
+                parallel_output=True,
+                share_embeddings_and_output_weights=architecture.tied_embeddings,
+                position_embedding_type="rope",
+                rotary_percent=architecture.rotary_fraction,
+                rotary_base=_rotary_base(architecture),
+                rope_scaling=architecture.rotary_scaling_factor is not None,
+                rope_scaling_factor=architecture.rotary_scaling_factor or 8.0,
+                seq_len_interpolation_factor=architecture.rotary_interpolation,
+            )
     if architecture.scaled_embeddings and is_first:
         scale_embeddings(model.embedding)
     weight_expert_outputs(model)
@@ -174,6 +186,8 @@ def transformer_config(
             "num_moe_experts": a.moe.num_experts,
             "moe_router_topk": a.moe.experts_per_token,
             "moe_ffn_hidden_size": a.ffn_hidden_size,
+            "moe_shared_expert_intermediate_size": a.moe.shared_ffn_hidden_size,
+            "moe_shared_expert_gate": a.moe.shared_ffn_hidden_size is not None,
             # Softmax, then the choice; otherwise a softmax over the chosen, which sums to 1.
             "moe_router_pre_softmax": not a.moe.normalized,
             # Rounded logits would tie, and the layout of the processes decide.
@@ -232,6 +246,7 @@ def transformer_config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         **moe,
+        **(hybrid_settings(a.hybrid) if a.hybrid else {}),
         **settings,
     )
 
@@ -315,8 +330,8 @@ def _mark_shards(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _quiet_construction() -> Iterator[None]:
-    """Silences what Megatron-Core says of GPTModel and of fusions each time one is built."""
-    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    """Silences what Megatron-Core says of GPTModel, of fusions and of its random numbers."""
+    logger = logging.getLogger("megatron.core")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

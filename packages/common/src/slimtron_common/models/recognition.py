@@ -7,7 +7,12 @@ from typing import Any
 
 from slimtron_common.errors import UnsupportedModelError
 from slimtron_common.models.adjustments import scales_embeddings
-from slimtron_common.models.architecture import Activation, Architecture, MixtureOfExperts
+from slimtron_common.models.architecture import (
+    Activation,
+    Architecture,
+    Hybrid,
+    MixtureOfExperts,
+)
 from slimtron_common.models.families import FAMILIES
 
 __all__ = ["ModelFields", "architecture_of", "recognize"]
@@ -37,7 +42,6 @@ _FIXED = {
 }
 _FIXED_MOE = {
     "moe_layer_freq": 1,
-    "moe_shared_expert_intermediate_size": None,
     "moe_router_score_function": "softmax",
     "moe_router_enable_expert_bias": False,
     "moe_router_topk_scaling_factor": None,
@@ -68,13 +72,15 @@ class ModelFields:
     seq_len_interpolation_factor: float | None
     share_embeddings_and_output_weights: bool
     scaled_embeddings: bool
+    hybrid_pattern: str | None = None
+    """A letter for each layer of a hybrid; None for a transformer."""
 
 
 def architecture_of(model: Any) -> Architecture:
     """Reads the architecture off a model.
 
     Args:
-        model: A bare ``GPTModel``.
+        model: A bare ``GPTModel``, ``MambaModel`` or ``HybridModel``.
 
     Raises:
         UnsupportedModelError: The model is of no family in ``FAMILIES``.
@@ -88,14 +94,16 @@ def architecture_of(model: Any) -> Architecture:
             vocab_size=model.vocab_size,
             max_sequence_length=model.max_sequence_length,
             position_embedding_type=model.position_embedding_type,
-            rotary_percent=model.rotary_percent,
-            rotary_base=model.rotary_base,
+            # A hybrid keeps none of these.
+            rotary_percent=getattr(model, "rotary_percent", 1.0),
+            rotary_base=getattr(model, "rotary_base", 10000),
             rotary_scaling_factor=_rotary_scaling_factor(model),
             seq_len_interpolation_factor=getattr(rotary, "seq_len_interpolation_factor", None),
             share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
             scaled_embeddings=_activation(model.config) == "geglu"
             if embedding is None
             else scales_embeddings(embedding),
+            hybrid_pattern=_hybrid_pattern(model),
         )
     )
 
@@ -107,13 +115,19 @@ def recognize(model: ModelFields) -> Architecture:
         UnsupportedModelError: The model is of no family in ``FAMILIES``.
     """
     config = model.config
-    moe = _mixture_of_experts(config)
+    moe, hybrid = _mixture_of_experts(config), _hybrid(model)
     fixed = _FIXED | (_FIXED_MOE if moe else {})
+    if moe and moe.shared_ffn_hidden_size:
+        fixed["moe_shared_expert_gate"] = True
     differences = [
         f"{name} {found!r}"
         for name, wanted, found in (
             *((name, wanted, getattr(config, name, wanted)) for name, wanted in fixed.items()),
-            ("position_embedding_type", "rope", model.position_embedding_type),
+            (
+                "position_embedding_type",
+                "rope" if hybrid is None else "none",
+                model.position_embedding_type,
+            ),
         )
         if found != wanted
     ]
@@ -121,12 +135,13 @@ def recognize(model: ModelFields) -> Architecture:
         raise UnsupportedModelError(
             "the model computes what no supported family does",
             found=", ".join(differences),
-            allowed="RoPE, no biases but in QKV, softmax routing to experts in every layer",
+            allowed="RoPE (none in hybrids), no biases but in QKV, softmax routing to experts in "
+            "every layer",
         )
     window = None if config.window_size is None else config.window_size[0] + 1
     fraction = float(model.rotary_percent)
     traits = _traits(model)
-    family = _family(traits, moe, window, fraction)
+    family = _family(traits, moe, hybrid, window, fraction)
     if family is None:
         raise UnsupportedModelError(
             "the model is of no supported family",
@@ -135,8 +150,9 @@ def recognize(model: ModelFields) -> Architecture:
             f"activation_func {_name(config.activation_func)}, "
             f"gated_linear_unit {config.gated_linear_unit}, "
             f"add_qkv_bias {config.add_qkv_bias}, qk_layernorm {config.qk_layernorm}, "
-            f"num_moe_experts {config.num_moe_experts}, window_size {config.window_size}, "
-            f"rotary_percent {fraction}, "
+            f"num_moe_experts {config.num_moe_experts}, moe_shared_expert_intermediate_size "
+            f"{moe.shared_ffn_hidden_size if moe else None}, window_size {config.window_size}, "
+            f"rotary_percent {fraction}, layers {model.hybrid_pattern}, "
             f"scaled embeddings {traits['scaled_embeddings']}",
             allowed=", ".join(FAMILIES),
         )
@@ -156,6 +172,7 @@ def recognize(model: ModelFields) -> Architecture:
         rotary_interpolation=model.seq_len_interpolation_factor,
         rotary_fraction=fraction,
         moe=moe,
+        hybrid=hybrid,
         tied_embeddings=model.share_embeddings_and_output_weights,
         sliding_window=window,
         dtype=_name(config.params_dtype).removeprefix("torch."),
@@ -182,7 +199,11 @@ def _activation(config: Any) -> Activation | None:
 
 
 def _family(
-    traits: dict[str, Any], moe: MixtureOfExperts | None, window: int | None, fraction: float
+    traits: dict[str, Any],
+    moe: MixtureOfExperts | None,
+    hybrid: Hybrid | None,
+    window: int | None,
+    fraction: float,
 ) -> str | None:
     defaults = {
         name: field.default
@@ -193,6 +214,8 @@ def _family(
         if (
             {**defaults, **family.traits} == traits
             and bool(family.num_experts) == bool(moe)
+            and family.is_hybrid == bool(hybrid)
+            and bool(family.shared_ffn_hidden_size) == bool(moe and moe.shared_ffn_hidden_size)
             and (window is None or name in ("mistral", "mixtral", "qwen2", "qwen3"))
             and (fraction == 1 or family.rotary_fraction != 1)
             and (moe is None or moe.normalized or name != "mixtral")
@@ -209,12 +232,41 @@ def _mixture_of_experts(config: Any) -> MixtureOfExperts | None:
         experts_per_token=config.moe_router_topk,
         # A softmax over the chosen experts is one over all of them, made to sum to 1.
         normalized=not config.moe_router_pre_softmax,
+        shared_ffn_hidden_size=getattr(config, "moe_shared_expert_intermediate_size", None),
+    )
+
+
+def _hybrid_pattern(model: Any) -> str | None:
+    pattern = getattr(model, "hybrid_layer_pattern", None)
+    # Megatron-Core before 0.19.
+    pattern = pattern or getattr(model, "hybrid_override_pattern", None)
+    # Bars are the ends of pipeline stages.
+    return None if pattern is None else str(pattern).replace("|", "")
+
+
+def _hybrid(model: ModelFields) -> Hybrid | None:
+    pattern, config = model.hybrid_pattern, model.config
+    if pattern is None:
+        return None
+    if not set(pattern) <= set("M*-") or "M" not in pattern:
+        raise UnsupportedModelError(
+            "the model's layers are not those of a supported hybrid",
+            found=pattern,
+            allowed="Mamba (M), attention (*) and dense feed-forward networks (-), one M or more",
+        )
+    heads = config.mamba_num_heads or 2 * config.hidden_size // config.mamba_head_dim
+    return Hybrid(
+        pattern=pattern,
+        mamba_num_heads=heads,
+        mamba_head_dim=config.mamba_head_dim,
+        mamba_num_groups=config.mamba_num_groups,
+        mamba_state_dim=config.mamba_state_dim,
     )
 
 
 def _rotary_scaling_factor(model: Any) -> float | None:
     # Megatron-Core does not keep the factor; Llama 3's scaling divides the lowest frequency by it.
-    if not model.rotary_scaling:
+    if not getattr(model, "rotary_scaling", False):
         return None
     frequencies = model.rotary_pos_emb.inv_freq
     dim = 2 * len(frequencies)

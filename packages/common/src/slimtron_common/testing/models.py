@@ -14,15 +14,34 @@ _CLASSES = {
     "qwen3": "Qwen3",
     "mixtral": "Mixtral",
     "qwen3_moe": "Qwen3Moe",
+    "qwen2_moe": "Qwen2Moe",
     "gemma": "Gemma",
     "nemotron": "Nemotron",
+    "nemotron_h": "NemotronH",
 }
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 _FIELDS: dict[str, dict[str, Any]] = {
     "mixtral": _EXPERTS,
     "qwen3_moe": {**_EXPERTS, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    "qwen2_moe": {
+        **_EXPERTS,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+    },
     "nemotron": {"norm_eps": 1e-5},
+    "nemotron_h": {
+        "hybrid_override_pattern": "M-M*M-",
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "ssm_state_size": 16,
+        "use_mamba_kernels": False,
+        # In plain torch, transformers takes it for a limit, which no kernel has.
+        "time_step_min": 1e-8,
+        # transformers 5.14 knows no cache for layers that need none.
+        "use_cache": False,
+    },
 }
 """What a family's config has besides."""
 

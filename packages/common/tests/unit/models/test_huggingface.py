@@ -39,6 +39,13 @@ OWN: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "intermediate_size": 128,
     },
+    "qwen2_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 48,
+        "intermediate_size": 128,
+    },
     "gemma": {"hidden_act": "gelu_pytorch_tanh", "pad_token_id": 0},
     "nemotron": {"hidden_act": "relu2", "norm_eps": 3e-6},
 }
@@ -71,7 +78,7 @@ def test_reads_the_shape(family: str) -> None:
     assert (a.vocab_size, a.max_position_embeddings) == (301, 16384)
     assert (a.norm_epsilon, a.rotary_base) == (3e-6, 5e5)
     assert (a.tied_embeddings, a.dtype) == (True, "float16")
-    assert (a.qkv_bias, a.qk_norm) == (family == "qwen2", family.startswith("qwen3"))
+    assert (a.qkv_bias, a.qk_norm) == (family.startswith("qwen2"), family.startswith("qwen3"))
     assert a.scaled_embeddings == (family == "gemma")
     assert a.rotary_fraction == (0.5 if family == "nemotron" else 1.0)
     assert (a.hf_extras["bos_token_id"], a.hf_extras["eos_token_id"]) == (7, [8, 9])
@@ -82,6 +89,9 @@ def test_reads_the_shape(family: str) -> None:
     experts = {
         "mixtral": MixtureOfExperts(num_experts=8, experts_per_token=2),
         "qwen3_moe": MixtureOfExperts(num_experts=8, experts_per_token=3),
+        "qwen2_moe": MixtureOfExperts(
+            num_experts=8, experts_per_token=3, normalized=False, shared_ffn_hidden_size=48
+        ),
     }
     assert a.moe == experts.get(family)
 
@@ -189,6 +199,7 @@ def _refused() -> dict[str, dict[str, Any]]:
         "another mixture of experts": config_of("qwen2_moe"),
         "dense layers between": config_of("qwen3_moe", decoder_sparse_step=2),
         "a dense layer": config_of("qwen3_moe", mlp_only_layers=[0]),
+        "no biases in Qwen2": config_of("qwen2_moe", qkv_bias=False),
         "window in a sparse Qwen": config_of("qwen3_moe", use_sliding_window=True),
         "one expert of weight 1": config_of("mixtral", num_experts_per_tok=1),
         "one expert of weight 1, Qwen": config_of("qwen3_moe", num_experts_per_tok=1),
@@ -281,6 +292,7 @@ def test_sizes_without_default_must_be_there(name: str) -> None:
         ("mixtral", {"num_experts_per_tok": 9}, "more experts than there are"),
         ("qwen3_moe", {"num_experts": None}, "num_experts"),
         ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size"),
         ("qwen3_moe", {"moe_intermediate_size": 1.5}, "moe_intermediate_size"),
         ("nemotron", {"partial_rotary_factor": 2}, "partial_rotary_factor"),
         ("nemotron", {"norm_eps": 0}, "norm_eps"),
@@ -311,6 +323,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral with window": ("mixtral", {"sliding_window": 8}),
     "qwen3_moe": ("qwen3_moe", {}),
     "qwen3_moe, not normalized": ("qwen3_moe", {"norm_topk_prob": False}),
+    "qwen2_moe": ("qwen2_moe", {}),
+    "qwen2_moe, normalized": ("qwen2_moe", {"norm_topk_prob": True}),
     "gemma": ("gemma", {}),
     "nemotron": ("nemotron", {"partial_rotary_factor": 0.25}),
 }

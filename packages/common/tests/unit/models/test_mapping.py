@@ -10,19 +10,20 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
 
+from slimtron_common.checkpoint import open_checkpoint
 from slimtron_common.models.families import FAMILIES
 from slimtron_common.models.huggingface import architecture_from_config
-from slimtron_common.models.mapping import (
+from slimtron_common.models.layouts import (
     Column,
     Gated,
     Layout,
+    Packed,
     QueryKeyValue,
     Row,
     Vocabulary,
-    model_parameters,
 )
+from slimtron_common.models.mapping import model_parameters
 from slimtron_common.testing import write_tiny_model
 
 HIDDEN = 8
@@ -40,6 +41,7 @@ CASES: dict[str, tuple[Layout, list[torch.Tensor]]] = {
     "padded vocabulary": (Vocabulary(21), [randn(21, HIDDEN)]),
     "vocabulary with an empty shard": (Vocabulary(4), [randn(4, HIDDEN)]),
     "gated": (Gated(), [randn(24, HIDDEN), randn(24, HIDDEN + 1)[:, :HIDDEN]]),
+    "packed": (Packed((24, 12, 36)), [randn(72, HIDDEN)]),
     "multi-head": (QueryKeyValue(12, 1, 2), [randn(24, 3 + i)[:, :3] for i in range(3)]),
     "grouped": (QueryKeyValue(12, 3, 2), [randn(72, 3), randn(24, 3), randn(24, 4)[:, :3]]),
     "bias": (QueryKeyValue(12, 3, 2), [randn(72), randn(24), randn(24) + 1]),
@@ -102,6 +104,12 @@ def test_gate_and_up_of_one_process_are_next_to_each_other() -> None:
     torch.testing.assert_close(torch.cat(parts), whole)
 
 
+def test_each_part_of_a_packed_projection_is_cut_by_itself() -> None:
+    whole = randn(10, 3)
+    shard = Packed((4, 2, 4)).merge([whole], 1, 2)
+    assert torch.equal(shard, whole[[2, 3, 5, 8, 9]])
+
+
 def test_padded_rows_are_zero() -> None:
     shard = Vocabulary(21).merge([randn(21, HIDDEN)], 3, 4)
     assert shard.shape == (6, HIDDEN)
@@ -131,8 +139,8 @@ def test_parameters_are_those_of_transformers(tmp_path: Path, family: str, tied:
         for pair in zip(rule.hf_names, rule.hf_shapes, strict=True)
     )
     # A tied tensor is written once, and experts one by one.
-    with safe_open(path / "model.safetensors", framework="pt") as file:
-        assert ours == Counter((n, tuple(file.get_slice(n).get_shape())) for n in file.keys())  # noqa: SIM118
+    headers = open_checkpoint(f"hf:{path}").tensors.headers  # type: ignore[attr-defined]
+    assert ours == Counter((name, shape) for name, (_, shape) in headers.items())
 
 
 def test_layers_are_numbered_in_the_whole_model(tmp_path: Path) -> None:

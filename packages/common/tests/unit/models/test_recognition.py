@@ -53,6 +53,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "qk_norm": True,
         "moe": dataclasses.replace(MOE, normalized=False),
     },
+    "qwen2_moe": {
+        "family": "qwen2_moe",
+        "qkv_bias": True,
+        "moe": dataclasses.replace(MOE, normalized=False, shared_ffn_hidden_size=48),
+    },
     "gemma": GEMMA,
     "nemotron": {
         "family": "nemotron",
@@ -104,7 +109,8 @@ def test_a_model_tells_the_architecture_it_was_built_from(
         ("llama", "activation_func", torch.nn.functional.gelu),
         ("qwen3", "add_qkv_bias", True),
         ("gemma", "window_size", (7, 0)),
-        ("mixtral", "moe_shared_expert_intermediate_size", 32),
+        ("qwen2_moe", "moe_shared_expert_intermediate_size", None),
+        ("qwen2_moe", "moe_shared_expert_gate", False),
         ("mixtral", "moe_router_score_function", "sigmoid"),
         ("mixtral", "moe_layer_freq", [0, 1]),
         ("mixtral", "moe_grouped_gemm", True),

@@ -21,6 +21,7 @@ from slimtron_common.errors import (
 from slimtron_common.evaluation.reference import reference_bytes
 from slimtron_common.integrations.versions import installed_versions
 from slimtron_common.memory import check_memory, shard_parameters
+from slimtron_common.models.hybrid import refuse_hybrid
 from slimtron_common.parallel.context import (
     check_world_size,
     resolve_device,
@@ -138,6 +139,8 @@ def preflight(
             "student", loss="an hf export would lose: --export-format megatron keeps them"
         )
     _check_modelopt(models)
+    for name, checkpoint in zip(("student", "teacher"), models, strict=False):
+        refuse_hybrid(checkpoint.architecture, name)
     _check_layout(config, models)
     _check_lengths(config, models)
     teacher_facts, vocab_size = _teacher(config, student, teacher)

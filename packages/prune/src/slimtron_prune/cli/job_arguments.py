@@ -25,9 +25,14 @@ _SIZES: tuple[Flag, ...] = (
     ("--num-attention-heads", "pruning.target_num_attention_heads", int, "N", "query heads"),
     ("--num-query-groups", "pruning.target_num_query_groups", int, "N", "key/value heads"),
     ("--num-layers", "pruning.target_num_layers", int, "N", "layers"),
+    ("--mamba-num-heads", "pruning.target_mamba_num_heads", int, "N", "heads of Mamba layers"),
+    ("--mamba-head-dim", "pruning.target_mamba_head_dim", int, "N", "width of a Mamba head"),
     ("--num-moe-experts", "pruning.target_num_moe_experts", int, "N", "experts of a layer"),
     ("--moe-ffn-hidden-size", "pruning.target_moe_ffn_hidden_size", int, "N",
      "width of an expert"),
+    ("--moe-shared-expert-intermediate-size",
+     "pruning.target_moe_shared_expert_intermediate_size", int, "N",
+     "width of the expert that serves all tokens"),
 )  # fmt: skip
 
 _BUDGET: tuple[Flag, ...] = (

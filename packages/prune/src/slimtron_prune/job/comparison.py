@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
+
+from torch import Tensor
 
 from slimtron_common.data import TokenDataset
 from slimtron_common.evaluation import Evaluation
@@ -33,6 +35,8 @@ _SIZES = (
     ("num_query_groups", "query groups"),
     ("head_dim", "head width"),
 )
+
+_MAMBA_SIZES = (("mamba_num_heads", "Mamba heads"), ("mamba_head_dim", "Mamba head width"))
 
 
 def compare(
@@ -72,6 +76,11 @@ def compare(
         if transformers_difference is None
         else f"logits differ by {transformers_difference:.1g} at most",
     }
+    before_pattern, after_pattern = (
+        a.hybrid and a.hybrid.pattern for a in (selection.source, selection.target)
+    )
+    if before_pattern and after_pattern:
+        facts["Kinds of layers"] = f"{before_pattern} before, {after_pattern} now"
     if found is not None and plan.space is not None:
         facts["Budget"] = f"{plan.space.budget:,} {plan.space.unit}"
     if verdict := config.gate.verdict(before.metrics, after.metrics):
@@ -144,6 +153,12 @@ def _shapes(source: Architecture, target: Architecture) -> Table:
     ]
     if source.moe and target.moe:
         rows.append(("experts", source.moe.num_experts, target.moe.num_experts))
+        before, after = source.moe.shared_ffn_hidden_size, target.moe.shared_ffn_hidden_size
+        if before is not None and after is not None:
+            rows.append(("width of the shared expert", before, after))
+    if source.hybrid and target.hybrid:
+        for name, label in _MAMBA_SIZES:
+            rows.append((label, getattr(source.hybrid, name), getattr(target.hybrid, name)))
     return Table("Architecture", ("size", "original", "pruned"), tuple(rows))
 
 
@@ -160,8 +175,18 @@ def _components(source: Architecture, target: Architecture) -> Table:
 
 
 def _score_plots(scores: Scores) -> list[Plot]:
-    numbers = tuple(range(1, scores.architecture.num_layers + 1))
-    heads = scores.heads
+    architecture = scores.architecture
+    numbers = tuple(range(1, architecture.num_layers + 1))
+    widths = {"hidden": (scores.hidden / scores.hidden.median()).tolist()}
+    if layers := architecture.layers_with("mlp"):
+        widths["feed-forward"] = _relative(scores.ffn[layers]).tolist()
+    if layers := architecture.layers_with("mamba"):
+        widths["Mamba"] = _relative(scores.mamba_channels[layers]).tolist()
+    heads: dict[Literal["attention", "mamba"], tuple[str, Tensor]] = {
+        "attention": ("query heads", scores.heads)
+    }
+    if architecture.hybrid:
+        heads["mamba"] = ("Mamba heads", scores.mamba_heads)
     plots = [
         Plot(
             "Importance of the layers",
@@ -172,32 +197,21 @@ def _score_plots(scores: Scores) -> list[Plot]:
             y_label="change of direction",
             log_y=True,
         ),
-        Plot(
-            "Importance of the query heads",
-            "line",
-            numbers,
-            {
-                "most important": tuple(heads.amax(-1).tolist()),
-                "median": tuple(heads.median(-1).values.tolist()),
-                "least important": tuple(heads.amin(-1).tolist()),
-            },
-            x_label="layer",
-            y_label="norm of the output",
-            log_y=True,
+        *(
+            _head_plot(name, architecture.layers_with(part), values)
+            for part, (name, values) in heads.items()
+            if architecture.layers_with(part)
         ),
         Plot.histogram(
             "Importance of the channels, in shares of their median",
-            {
-                "hidden": (scores.hidden / scores.hidden.median()).tolist(),
-                "feed-forward": _relative(scores.ffn).tolist(),
-            },
+            widths,
             x_label="importance",
             y_label="channels",
             log_x=True,
             log_y=True,
         ),
     ]
-    if scores.architecture.moe:
+    if architecture.moe:
         experts = scores.experts
         series = {"most important": experts.amax(-1), "least important": experts.amin(-1)}
         plots.append(
@@ -211,6 +225,23 @@ def _score_plots(scores: Scores) -> list[Plot]:
             )
         )
     return plots
+
+
+def _head_plot(name: str, layers: list[int], values: Tensor) -> Plot:
+    values = values[layers]
+    return Plot(
+        f"Importance of the {name}",
+        "line",
+        tuple(number + 1 for number in layers),
+        {
+            "most important": tuple(values.amax(-1).tolist()),
+            "median": tuple(values.median(-1).values.tolist()),
+            "least important": tuple(values.amin(-1).tolist()),
+        },
+        x_label="layer",
+        y_label="norm of the output",
+        log_y=True,
+    )
 
 
 def _relative(channels: Any) -> Any:

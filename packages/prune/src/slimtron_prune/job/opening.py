@@ -12,6 +12,7 @@ from slimtron_common.config import to_dict
 from slimtron_common.data import TokenDataset
 from slimtron_common.data.config import DataConfig
 from slimtron_common.errors import ConfigError, ParallelismError
+from slimtron_common.integrations.mamba import check_mamba
 from slimtron_common.manifest import environment_versions
 from slimtron_common.memory import activation_bytes, check_memory, shard_parameters
 from slimtron_common.models import Architecture
@@ -172,4 +173,6 @@ def open_model(config: ModelJobConfig, world_size: int | None) -> OpenModel:
             "any layout, whatever it was trained at",
         )
     model.check_layout(checkpoint.architecture)
+    if checkpoint.architecture.hybrid is not None:
+        check_mamba()
     return model

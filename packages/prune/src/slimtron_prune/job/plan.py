@@ -50,7 +50,9 @@ def print_plan(plan: PrunePlan, console: Console | None = None) -> None:
 
 def _goal(plan: PrunePlan) -> str:
     if plan.target is not None:
-        return _parameters(plan.target)
+        # Which layers of a hybrid go, which are not alike, only scores will tell.
+        about = plan.target.hybrid and plan.config.pruning.target_num_layers
+        return f"about {_parameters(plan.target)}" if about else _parameters(plan.target)
     assert plan.space is not None, "there is a target or a search"
     space = plan.space
     sizes = ", ".join(f"{len(shapes)} {part}" for part, shapes in space.choices.items())

@@ -107,7 +107,9 @@ class _Collector:
                 handles.extend(self._attach(layer, layer.layer_number - 1))
             if self.context.is_last_stage:
                 hook = self._whole(self.sums["final_residual"])
-                handles.append(model.decoder.final_layernorm.register_forward_pre_hook(hook))
+                decoder = model.decoder
+                norm = decoder.final_norm if self.architecture.hybrid else decoder.final_layernorm
+                handles.append(norm.register_forward_pre_hook(hook))
             yield
         finally:
             for handle in handles:
@@ -115,21 +117,52 @@ class _Collector:
 
     def _attach(self, layer: Any, number: int) -> Iterator[RemovableHandle]:
         yield layer.register_forward_hook(self._influence(number), with_kwargs=True)
-        attention, mlp, sums = layer.self_attention, layer.mlp, self.sums
+        hybrid = self.architecture.hybrid
+        kind = None if hybrid is None else hybrid.pattern[number]
+        if kind in (None, "*"):
+            yield from self._attention(layer, number)
+        if kind in (None, "-"):
+            yield from self._mlp(layer, number, norm=1 if kind is None else 0)
+        if kind == "M":
+            yield from self._mamba(layer, number)
+
+    def _norm(self, norm: Any, after: Any, number: int, which: int) -> Iterator[RemovableHandle]:
+        """Scores hidden channels before and after a norm, the one before the module ``after``."""
         # Transformer Engine fuses norms into what follows, and leaves identities in their place.
-        for which, norm in enumerate((layer.input_layernorm, layer.pre_mlp_layernorm)):
-            yield norm.register_forward_pre_hook(self._whole(sums["residual"][number, which]))
-        after = attention.linear_qkv, mlp if self.architecture.moe else mlp.linear_fc1
-        for which, module in enumerate(after):
-            target = sums["hidden"][number, which]
-            yield module.register_forward_pre_hook(self._whole(target, self._normalized))
-        yield attention.linear_proj.register_forward_pre_hook(
-            self._shard(sums["heads"][number], self._head_energy(attention.linear_proj))
-        )
+        residual, hidden = (self.sums[name][number, which] for name in ("residual", "hidden"))
+        yield norm.register_forward_pre_hook(self._whole(residual))
+        yield after.register_forward_pre_hook(self._whole(hidden, self._normalized))
+
+    def _attention(self, layer: Any, number: int) -> Iterator[RemovableHandle]:
+        attention, heads = layer.self_attention, self.sums["heads"][number]
+        yield from self._norm(layer.input_layernorm, attention.linear_qkv, number, 0)
+        measure = _head_energy(attention.linear_proj, self.architecture.head_dim)
+        yield attention.linear_proj.register_forward_pre_hook(self._shard(heads, measure))
+
+    def _mamba(self, layer: Any, number: int) -> Iterator[RemovableHandle]:
+        assert self.architecture.hybrid is not None, "it has a Mamba layer"
+        mixer, sums = layer.mixer, self.sums
+        yield from self._norm(layer.norm, mixer.in_proj, number, 0)
+        gated = self._shard(sums["mamba_gated"][number].view(-1), energy)
+        yield mixer.norm.register_forward_pre_hook(gated)
+        of_heads = _head_energy(mixer.out_proj, self.architecture.hybrid.mamba_head_dim)
+        of_columns = mixer.out_proj.weight.double().square().sum(0)
+        for target, measure in (
+            (sums["mamba_heads"][number], of_heads),
+            (sums["mamba_channels"][number].view(-1), lambda x: energy(x) * of_columns),
+        ):
+            yield mixer.out_proj.register_forward_pre_hook(self._shard(target, measure))
+
+    def _mlp(self, layer: Any, number: int, *, norm: int) -> Iterator[RemovableHandle]:
+        mlp, sums = layer.mlp, self.sums
+        after = mlp if self.architecture.moe else mlp.linear_fc1
+        yield from self._norm(layer.pre_mlp_layernorm, after, number, norm)
         if self.architecture.moe is None:
             hook = self._shard(sums["ffn"][number], energy)
             yield mlp.linear_fc2.register_forward_pre_hook(hook)
             return
+        if mlp.shared_experts is not None:
+            yield from self._shared(sums["shared"][number], mlp.shared_experts)
         experts = zip(mlp.local_expert_indices, mlp.experts.local_experts, strict=True)
         for index, expert in experts:
             hook = self._shard(sums["ffn"][number, index], energy)
@@ -175,20 +208,18 @@ class _Collector:
 
         return hook
 
-    def _head_energy(self, projection: Any) -> Callable[[Tensor], Tensor]:
-        """Makes a measure of what each head adds to the residual stream.
+    def _shared(self, target: Tensor, module: Any) -> Iterator[RemovableHandle]:
+        """Adds the energy of a shared expert's channels, as much of it as its gate lets through."""
+        gates: list[Tensor] = []
 
-        The energy of ``W x`` is ``x' (W'W) x``, with a small matrix for each head.
-        """
-        weight = projection.weight.float()
-        by_head = weight.reshape(weight.shape[0], -1, self.architecture.head_dim)
-        products = torch.einsum("ohd,ohe->hde", by_head, by_head)
+        def take(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            gates.append(F.linear(args[0], module.gate_weight).sigmoid())
 
-        def measure(x: Tensor) -> Tensor:
-            x = x.float().reshape(-1, *products.shape[:2])
-            return torch.einsum("thd,hde,the->h", x, products, x).double()
+        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            target.add_(energy(args[0] * gates.pop()))
 
-        return measure
+        yield module.register_forward_pre_hook(take)
+        yield module.linear_fc2.register_forward_pre_hook(add)
 
     def _expert(self, number: int, index: int) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: tuple[Tensor, Any]) -> None:
@@ -198,6 +229,22 @@ class _Collector:
 
     def _normalized(self, module: nn.Module, hidden: Tensor) -> Tensor:
         return normalized(module, hidden, self.architecture)
+
+
+def _head_energy(projection: Any, head_dim: int) -> Callable[[Tensor], Tensor]:
+    """Makes a measure of what each head adds to the residual stream.
+
+    The energy of ``W x`` is ``x' (W'W) x``, with a small matrix for each head.
+    """
+    weight = projection.weight.float()
+    by_head = weight.reshape(weight.shape[0], -1, head_dim)
+    products = torch.einsum("ohd,ohe->hde", by_head, by_head)
+
+    def measure(x: Tensor) -> Tensor:
+        x = x.float().reshape(-1, *products.shape[:2])
+        return torch.einsum("thd,hde,the->h", x, products, x).double()
+
+    return measure
 
 
 def energy(activations: Tensor) -> Tensor:

@@ -64,9 +64,24 @@ class Scores:
         return self.sums["ffn"]
 
     @property
+    def shared(self) -> Tensor:
+        """Of the channels of the expert that serves all tokens ``[layers, f]``."""
+        return self.sums["shared"]
+
+    @property
     def heads(self) -> Tensor:
         """Of the query heads ``[layers, heads]``: the energy that each adds."""
         return self.sums["heads"]
+
+    @property
+    def mamba_heads(self) -> Tensor:
+        """Of the Mamba heads ``[layers, heads]``: the energy that each adds."""
+        return self.sums["mamba_heads"]
+
+    @property
+    def mamba_channels(self) -> Tensor:
+        """Of the Mamba heads' channels ``[layers, heads, p]``: the energy that each adds."""
+        return self.sums["mamba_channels"]
 
     @property
     def experts(self) -> Tensor:
@@ -83,13 +98,30 @@ class Scores:
             kept: The hidden channels that are left, ``[h]``.
 
         Returns:
-            Of the layers' norms ``[layers, 2]``, and of the final one.
+            Of the layers' norms ``[layers, norms]``, and of the final one.
         """
 
         def factor(energies: Tensor) -> Tensor:
             return (energies[..., kept].mean(-1) / energies.mean(-1)).sqrt()
 
         return factor(self.sums["residual"]), float(factor(self.sums["final_residual"]))
+
+    def mamba_norm_factors(self, kept: list[Tensor], num_groups: int) -> Tensor:
+        """The same of the norm that each group of Mamba heads has before the last projection.
+
+        Args:
+            kept: Of each layer, the channels of all heads that are left.
+            num_groups: Groups of heads.
+
+        Returns:
+            ``[layers, groups]``; 1 where a layer has no such norm.
+        """
+        factors = []
+        for energies, channels in zip(self.sums["mamba_gated"], kept, strict=True):
+            before = energies.reshape(num_groups, -1).mean(-1)
+            after = energies.reshape(-1)[channels].reshape(num_groups, -1).mean(-1)
+            factors.append(torch.where(before > 0, (after / before).sqrt(), 1.0))
+        return torch.stack(factors)
 
     @property
     def layers(self) -> Tensor:
@@ -99,20 +131,28 @@ class Scores:
 
 def score_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Shapes of the sums, by name."""
-    a = architecture
+    a, hybrid = architecture, architecture.hybrid
+    norms = 2 if hybrid is None else 1
     shapes: dict[str, tuple[int, ...]] = {
         "num_tokens": (),
         "layers": (a.num_layers,),
-        # After a layer's two norms, and before them.
-        "hidden": (a.num_layers, 2, a.hidden_size),
-        "residual": (a.num_layers, 2, a.hidden_size),
+        # After a layer's norms, and before them.
+        "hidden": (a.num_layers, norms, a.hidden_size),
+        "residual": (a.num_layers, norms, a.hidden_size),
         "final_residual": (a.hidden_size,),
         "heads": (a.num_layers, a.num_attention_heads),
     }
+    if hybrid is not None:
+        heads = (a.num_layers, hybrid.mamba_num_heads)
+        shapes["mamba_heads"] = heads
+        shapes["mamba_channels"] = shapes["mamba_gated"] = (*heads, hybrid.mamba_head_dim)
     if a.moe is None:
         return {**shapes, "ffn": (a.num_layers, a.ffn_hidden_size)}
     experts = (a.num_layers, a.moe.num_experts)
-    return {**shapes, "experts": experts, "ffn": (*experts, a.ffn_hidden_size)}
+    shapes |= {"experts": experts, "ffn": (*experts, a.ffn_hidden_size)}
+    if a.moe.shared_ffn_hidden_size is not None:
+        shapes["shared"] = (a.num_layers, a.moe.shared_ffn_hidden_size)
+    return shapes
 
 
 def score_bytes(architecture: Architecture) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from slimtron_common.errors import ConfigError
 from slimtron_common.models import Architecture
 from slimtron_common.models.counting import count_parameters
+from slimtron_common.models.hybrid import refuse_hybrid
 from slimtron_common.parallel.config import ParallelConfig
 from slimtron_prune.search.config import SearchConfig
 from slimtron_prune.targets import WIDTH_MULTIPLE
@@ -90,7 +91,9 @@ def search_space(
 
     Raises:
         ConfigError: No shape within the bounds fits, or the model itself does.
+        UnsupportedModelError: The model is a hybrid.
     """
+    refuse_hybrid(source, "search")
     options = {
         "layers": _layers(source, config),
         "hidden": _widths(source, config, "hidden_size"),
@@ -149,7 +152,7 @@ def count(architecture: Architecture) -> int:
 def kv_cache_bytes(architecture: Architecture, num_tokens: int, itemsize: int) -> int:
     """Bytes of the keys and values of so many tokens."""
     a = architecture
-    return 2 * a.num_layers * a.key_value_size * num_tokens * itemsize
+    return 2 * len(a.layers_with("attention")) * a.key_value_size * num_tokens * itemsize
 
 
 def _count(architecture: Architecture) -> int:

@@ -162,15 +162,19 @@ def test_families(family: str, tmp_path: Path) -> None:
     assert read_report(out).facts["Compared with transformers"].startswith("logits differ by")
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe"])
 def test_mixtures_of_experts(family: str, tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "model", family)
     out = tmp_path / "out"
-    sizes = ("--num-moe-experts", "3", "--moe-ffn-hidden-size", "24", "--hidden-size", "48")
+    sizes = ["--num-moe-experts", "3", "--moe-ffn-hidden-size", "24", "--hidden-size", "48"]
+    if family == "qwen2_moe":
+        sizes += ["--moe-shared-expert-intermediate-size", "32"]
     assert main(build("run", model, out, *EVALUATION, *sizes)) == 0
     report = read_report(out)
     assert report.facts["Compared with transformers"].startswith("logits differ by")
     assert ("experts", 4, 3) in report.tables[0].rows
+    shared = ("width of the shared expert", 48, 32)
+    assert (shared in report.tables[0].rows) == (family == "qwen2_moe")
 
 
 def test_search_for_a_budget(tiny_model: Path, tmp_path: Path) -> None:

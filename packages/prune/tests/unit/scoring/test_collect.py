@@ -93,7 +93,7 @@ def test_scores_are_sums_over_activations(family: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe"])
 def test_experts_are_scored_by_what_they_add(family: str, tmp_path: Path) -> None:
     """The weighted outputs of transformers' experts, one expert at a time."""
     write_tiny_model(tmp_path / "m", family, tokenizer=False)
@@ -109,7 +109,8 @@ def test_experts_are_scored_by_what_they_add(family: str, tmp_path: Path) -> Non
         share = (x @ layer.mlp.gate.weight.T).softmax(-1)
         top = share.topk(2, dim=-1)
         weight = torch.zeros_like(share).scatter(-1, top.indices, top.values)
-        weight /= weight.sum(-1, keepdim=True)
+        if family != "qwen2_moe":
+            weight /= weight.sum(-1, keepdim=True)
         experts = layer.mlp.experts
         for number in range(share.shape[1]):
             gate, up = (x @ experts.gate_up_proj[number].T).chunk(2, -1)
@@ -120,6 +121,13 @@ def test_experts_are_scored_by_what_they_add(family: str, tmp_path: Path) -> Non
             added = weight[:, number, None] * (inner @ experts.down_proj[number].T)
             torch.testing.assert_close(
                 scores.experts[1, number], added.square().sum().double(), rtol=1e-3, atol=1e-4
+            )
+        if family == "qwen2_moe":
+            shared = layer.mlp.shared_expert
+            inner = torch.nn.functional.silu(shared.gate_proj(x)) * shared.up_proj(x)
+            inner *= layer.mlp.shared_expert_gate(x).sigmoid()
+            torch.testing.assert_close(
+                scores.shared[1], inner.square().sum(0).double(), rtol=1e-3, atol=1e-4
             )
 
 

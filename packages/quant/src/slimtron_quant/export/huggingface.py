@@ -26,7 +26,8 @@ from slimtron_common.checkpoint.writer import copy_files, write_safetensors
 from slimtron_common.errors import VerificationError
 from slimtron_common.models import Architecture
 from slimtron_common.models.huggingface import config_from_architecture
-from slimtron_common.models.mapping import Layout, model_parameters
+from slimtron_common.models.layouts import Layout
+from slimtron_common.models.mapping import model_parameters
 from slimtron_common.parallel import ParallelContext
 from slimtron_quant.export.folding import input_factor
 from slimtron_quant.export.kv_cache import kv_cache_scales

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slimtron_common.models import Architecture
-from slimtron_common.models.mapping import Layout, QueryKeyValue, model_parameters
+from slimtron_common.models.layouts import Layout, QueryKeyValue
+from slimtron_common.models.mapping import model_parameters
 from slimtron_quant.formats.base import Format
 
 __all__ = ["unfit_layers"]

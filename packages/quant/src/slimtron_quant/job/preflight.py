@@ -24,6 +24,7 @@ from slimtron_common.memory import (
     shard_parameters,
 )
 from slimtron_common.models import Architecture
+from slimtron_common.models.hybrid import refuse_hybrid
 from slimtron_common.parallel.context import (
     check_world_size,
     resolve_device,
@@ -160,6 +161,7 @@ def preflight(
     checkpoint = open_checkpoint(config.model, trust_remote_code=config.trust_remote_code)
     checkpoint.check_unquantized("model", loss="quantizing again would replace")
     architecture, parallel = checkpoint.architecture, config.parallel
+    refuse_hybrid(architecture, "model")
     architecture.check_parallel(
         tensor_parallel_size=parallel.tensor_parallel_size,
         pipeline_parallel_size=parallel.pipeline_parallel_size,
