@@ -32,12 +32,16 @@ def import_moe_utils() -> Any:
     return module
 
 
-def load_sharded(sharded: dict[str, Any], directory: Path) -> dict[str, Any]:
+def load_sharded(
+    sharded: dict[str, Any], directory: Path, *, reader: Any = None
+) -> dict[str, Any]:
     """Loads sharded tensors from a ``torch_dist`` checkpoint that any version has written.
 
     Args:
         sharded: ``ShardedTensor``s by name, as a model's ``sharded_state_dict`` makes them.
         directory: The distributed checkpoint.
+        reader: A strategy that reads tensors of which no process holds the rest, in the place of
+            Megatron-Core's, which makes sure that all of each is asked for.
 
     Returns:
         The tensors under the same names.
@@ -53,6 +57,8 @@ def load_sharded(sharded: dict[str, Any], directory: Path) -> dict[str, Any]:
                 return {}
 
         options["common_strategy"] = NoCommonState()
+    if reader is not None:
+        options.update(sharded_strategy=reader, validate_access_integrity=False)
     names = list(sharded)
     loaded = dist_checkpointing.load(sharded, str(directory), **options)
     # 0.19 adds what lies in an older checkpoint's common state.

@@ -13,6 +13,7 @@ from slimtron_common.checkpoint.megatron import WEIGHTS_DIR, write_megatron
 from slimtron_common.models import Architecture
 from slimtron_common.models.megatron import LayerSpec
 from slimtron_common.parallel import ParallelContext
+from slimtron_common.parallel.schedule import LayeredModel
 from slimtron_quant.export.huggingface import write_huggingface
 from slimtron_quant.export.megatron import MegatronExport
 from slimtron_quant.export.prepare import prepare_for_export
@@ -63,7 +64,7 @@ class Export(Protocol):
 def write_export(
     kind: str,
     directory: Path,
-    model: nn.Module,
+    model: nn.Module | LayeredModel,
     architecture: Architecture,
     context: ParallelContext,
     *,
@@ -76,7 +77,7 @@ def write_export(
         kind: ``hf`` or ``megatron``.
         directory: On storage that all processes share.
         model: The bare Megatron-Core model with calibrated quantizers; it is made the one on
-            disk first (``prepare_for_export``).
+            disk first (``prepare_for_export``). Or one in layers, which come prepared, for ``hf``.
         architecture: What it is.
         context: This process's place.
         dtype: Type of what stays unquantized.
@@ -85,7 +86,10 @@ def write_export(
     Raises:
         UnsupportedModelError: A layer's quantizers have no format on disk.
     """
-    prepare_for_export(model, architecture, dtype=dtype, packs=kind == "hf")
+    if isinstance(model, LayeredModel):
+        assert kind == "hf", "a distributed checkpoint is written from a whole model"
+    else:
+        prepare_for_export(model, architecture, dtype=dtype, packs=kind == "hf")
     if kind == "hf":
         write_huggingface(
             directory, model, architecture, context, dtype=dtype, companions=companions

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,8 +15,11 @@ from torch import nn
 from slimtron_common.atomic import atomic_write
 from slimtron_common.delivery import deliver, delivered
 from slimtron_common.evaluation import Evaluation, evaluate
+from slimtron_common.integrations.modelopt_state import is_quantized
+from slimtron_common.layerwise import LayerwiseModel, LayerwisePass
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import ParallelContext, initialize_parallel
+from slimtron_common.parallel.schedule import LayeredModel
 from slimtron_common.progress import stage
 from slimtron_common.report import Comparison
 from slimtron_common.workdir import WorkDir
@@ -24,6 +28,7 @@ from slimtron_quant.calibration.maxima import ForwardLoop
 from slimtron_quant.calibration.state import save_calibration
 from slimtron_quant.export.kinds import Export, open_export, write_export
 from slimtron_quant.export.prepare import prepare_for_export
+from slimtron_quant.export.reader import ExportedModel
 from slimtron_quant.export.verify import check_agreement
 from slimtron_quant.job.comparison import compare
 from slimtron_quant.job.mixed import Assignment
@@ -34,6 +39,9 @@ from slimtron_quant.quantizer import Quantizer, calibration_loop
 from slimtron_quant.summary import LayerSummary
 
 __all__ = ["run"]
+
+Load = Callable[[int | None], nn.Module]
+"""Returns the model, or with a number that layer of it."""
 
 
 def run(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> Comparison:
@@ -82,6 +90,10 @@ class _Job:
         self.context = context
         self.work = work
         self._model: nn.Module | None = None
+        self._layers: Sequence[int | None] = [None]
+        """The parts that are in memory one at a time: all of the model, or each layer."""
+        if self.config.layerwise:
+            self._layers = range(plan.checkpoint.architecture.num_layers)
         self._quantization = plan.config.quantization
         self._assignment: Assignment | None = None
         micro_batch_size = self.config.evaluation.micro_batch_size
@@ -94,7 +106,7 @@ class _Job:
         if self.work.has("original"):
             return
         with stage("original: evaluate"), self.work.stage("original") as output:
-            evaluation = self._evaluate(self._original(), record=output.directory)
+            evaluation = self._evaluate("original", self._original, record=output.directory)
             output.result = evaluation.to_dict()
 
     def assign(self) -> None:
@@ -102,12 +114,13 @@ class _Job:
         mixed = self.plan.mixed
         if mixed is None:
             return
+        text = self._calibration_text()
         sensitivity = mixed.saved or measure_sensitivity(
             mixed,
             self.context,
             self.work,
             load=self._fresh,
-            calibrate=self._forward_loop(),
+            calibrate=text and text(None),
             micro_batch_size=self.config.quantization.calibration_batch_size,
             vocab_size=self.plan.checkpoint.architecture.vocab_size,
         )
@@ -118,39 +131,25 @@ class _Job:
         self._quantization = self._assignment.quantization
 
     def quantize(self) -> None:
-        """Stages ``calibration``, ``quantized`` and ``export``: the model in memory."""
+        """Stages ``calibration``, ``quantized`` and ``export``."""
         if self.work.has("export"):
             return
-        quantizer, model = Quantizer(self._quantization), self._original()
-        if self.work.has("calibration"):
-            quantizer.restore(model, self.work.directory("calibration"), self.context)
-        else:
-            with stage("calibration"), self.work.stage("calibration") as output:
-                quantizer.quantize(model, self._forward_loop())
-                save_calibration(output.directory, model, self.context)
-                output.result = {
-                    "layers": [layer.to_dict() for layer in quantizer.layers],
-                    "mended": [dataclasses.asdict(item) for item in quantizer.mended],
-                    "experts": [layer.to_dict() for layer in quantizer.experts],
-                }
-        architecture = self.plan.checkpoint.architecture
-        dtype = getattr(torch, self.config.export.torch_dtype)
-        # What is measured in memory is what will be written.
-        kind = self.config.export.export_format
-        prepare_for_export(model, architecture, dtype=dtype, packs=kind == "hf")
+        self._calibrate()
         if not self.work.has("quantized"):
             with stage("quantized: evaluate"), self.work.stage("quantized") as output:
                 references = {"original": self.work.directory("original")}
-                evaluation = self._evaluate(model, references, record=output.directory)
+                evaluation = self._evaluate(
+                    "quantized", self._quantized, references, record=output.directory
+                )
                 output.result = evaluation.to_dict()
         with stage("export"), self.work.stage("export") as output:
             write_export(
-                kind,
+                self.config.export.export_format,
                 output.directory,
-                model,
-                architecture,
+                self._whole("quantized", self._quantized),
+                self.plan.checkpoint.architecture,
                 self.context,
-                dtype=dtype,
+                dtype=self._export_dtype,
                 companions=self.plan.checkpoint.companion_files(),
             )
         self._release()
@@ -160,13 +159,21 @@ class _Job:
         if self.work.has("exported"):
             return
         self._release()
+        exported = self._export()
+
+        def build(layer: int | None) -> nn.Module:
+            if layer is None:
+                return exported.build(self.context, dtype=self.plan.dtype)
+            self._release()
+            assert isinstance(exported, ExportedModel), "the only format that is written by layers"
+            return exported.build(self.context, dtype=self.plan.dtype, layer=layer)
+
         with stage("export: reload and evaluate"), self.work.stage("exported") as output:
-            model = self._export().build(self.context, dtype=self.plan.dtype)
             references = {
                 "original": self.work.directory("original"),
                 "memory": self.work.directory("quantized"),
             }
-            evaluation = self._evaluate(model, references)
+            evaluation = self._evaluate("exported", build, references)
             check_agreement(
                 Evaluation.from_dict(self.work.result("quantized")),
                 evaluation,
@@ -176,16 +183,18 @@ class _Job:
 
     def comparison(self) -> Comparison:
         """Reads every stage's outcome into one comparison."""
-        calibration = self.work.result("calibration")
+        calibrations = [self.work.result(self._calibration(layer)) for layer in self._layers]
         return compare(
             self.plan,
             {
                 name: Evaluation.from_dict(self.work.result(name))
                 for name in ("original", "quantized", "exported")
             },
-            layers=[LayerSummary(**layer) for layer in calibration["layers"]],
-            mended=calibration["mended"],
-            experts=[ExpertTokens.from_dict(layer) for layer in calibration["experts"]],
+            layers=[LayerSummary(**layer) for found in calibrations for layer in found["layers"]],
+            mended=[item for found in calibrations for item in found["mended"]],
+            experts=[
+                ExpertTokens.from_dict(layer) for found in calibrations for layer in found["experts"]
+            ],
             exported=self._export(),
             assignment=self._assignment,
         )
@@ -206,18 +215,77 @@ class _Job:
             overwrite=overwrite,
         )
 
-    def _original(self) -> nn.Module:
-        if self._model is None:
-            with stage("load the model"):
-                checkpoint = self.plan.checkpoint
-                self._model = build_model(
-                    checkpoint.architecture,
-                    self.context,
-                    dtype=self.plan.dtype,
-                    layer_spec=self.config.layer_spec,
-                )
-                checkpoint.load(self._model, self.context)
-        return self._model
+    def _calibrate(self) -> None:
+        """Stage ``calibration``, or one for each layer."""
+        text = self._calibration_text()
+        for layer in self._layers:
+            key = self._calibration(layer)
+            if self.work.has(key):
+                continue
+            with stage(key), self.work.stage(key) as output:
+                quantizer = Quantizer(self._quantization)
+                model = quantizer.quantize(self._original(layer), text and text(layer))
+                save_calibration(output.directory, model, self.context)
+                # Before the next one loads.
+                del model
+                output.result = {
+                    "layers": [layer.to_dict() for layer in quantizer.layers],
+                    "mended": [dataclasses.asdict(item) for item in quantizer.mended],
+                    "experts": [layer.to_dict() for layer in quantizer.experts],
+                }
+
+    def _calibration(self, layer: int | None) -> str:
+        return "calibration" if layer is None else f"calibration-{layer:05d}"
+
+    def _calibration_text(self) -> Callable[[int | None], ForwardLoop] | None:
+        """What runs the calibration's text through the model or one of its layers."""
+        if self.plan.calibration is None:
+            return None
+        batches = self.plan.calibration.batches(
+            self.config.quantization.calibration_batch_size,
+            self.context.dp_rank,
+            self.context.dp_size,
+        )
+        if not self.config.layerwise:
+            loop = calibration_loop(batches, self.context)
+            return lambda _: loop
+        text = LayerwisePass(
+            self._states("calibration"), batches, self.context, num_layers=len(self._layers)
+        )
+        return lambda layer: lambda model: text.run(model, layer)
+
+    def _original(self, layer: int | None = None) -> nn.Module:
+        """The model, or one of its layers: as it was, or calibrated if that was the last step."""
+        if layer is None and self._model is not None:
+            return self._model
+        self._release()
+        checkpoint = self.plan.checkpoint
+        with stage("load the model") if layer is None else nullcontext():
+            model = build_model(
+                checkpoint.architecture,
+                self.context,
+                dtype=self.plan.dtype,
+                layer_spec=self.config.layer_spec,
+                layer=layer,
+            )
+            checkpoint.load(model, self.context)
+        if layer is None:
+            self._model = model
+        return model
+
+    def _quantized(self, layer: int | None = None) -> nn.Module:
+        """The same calibrated; what is measured in memory is what will be written."""
+        model = self._original(layer)
+        if not is_quantized(model):
+            directory = self.work.directory(self._calibration(layer))
+            Quantizer(self._quantization).restore(model, directory, self.context)
+        prepare_for_export(
+            model,
+            self.plan.checkpoint.architecture,
+            dtype=self._export_dtype,
+            packs=self.config.export.export_format == "hf",
+        )
+        return model
 
     def _fresh(self) -> nn.Module:
         self._release()
@@ -226,29 +294,34 @@ class _Job:
     def _export(self) -> Export:
         return open_export(self.work.directory("export"), layer_spec=self.config.layer_spec)
 
+    @property
+    def _export_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.config.export.torch_dtype)
+        return dtype
+
     def _release(self) -> None:
         self._model = None
         gc.collect()
         torch.cuda.empty_cache()
 
-    def _forward_loop(self) -> ForwardLoop | None:
-        if self.plan.calibration is None:
-            return None
-        batches = self.plan.calibration.batches(
-            self.config.quantization.calibration_batch_size,
-            self.context.dp_rank,
-            self.context.dp_size,
-        )
-        return calibration_loop(batches, self.context)
+    def _states(self, name: str) -> Path:
+        return self.work.directory(f"{name}-states")
+
+    def _whole(self, name: str, load: Load) -> nn.Module | LayeredModel:
+        """The model in memory, or what loads its layers one after the other."""
+        if not self.config.layerwise:
+            return load(None)
+        return LayerwiseModel(load, num_layers=len(self._layers), directory=self._states(name))
 
     def _evaluate(
         self,
-        model: nn.Module,
+        name: str,
+        load: Load,
         references: Mapping[str, Path] = MappingProxyType({}),
         record: Path | None = None,
     ) -> Evaluation:
         return evaluate(
-            model,
+            self._whole(name, load),
             self._evaluation,
             self.context,
             vocab_size=self.plan.checkpoint.architecture.vocab_size,
