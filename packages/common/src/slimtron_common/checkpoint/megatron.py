@@ -229,8 +229,8 @@ def _sharded_weights(model: Any, prefix: str = "") -> dict[str, Any]:
 
 def _is_lone_layer(model: Any) -> bool:
     """Whether a model is one layer of several, without a pipeline that has the others."""
-    config = model.config
-    return config.pipeline_model_parallel_size == 1 and len(model.decoder.layers) < config.num_layers
+    config, held = model.config, len(model.decoder.layers)
+    return bool(config.pipeline_model_parallel_size == 1 and held < config.num_layers)
 
 
 def _in_type(

@@ -13,8 +13,12 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -33,7 +37,9 @@ class SliceReader(TorchDistLoadShardedStrategy):  # type: ignore[misc]
         reader = FileSystemReader(str(checkpoint_dir))
         index = reader.read_metadata()
         planner = _Planner()
-        filled = dict_list_map_inplace(lambda sharded: planner.add(sharded, index), sharded_state_dict)
+        filled = dict_list_map_inplace(
+            lambda sharded: planner.add(sharded, index), sharded_state_dict
+        )
         reader.set_up_storage_reader(index, is_coordinator=False)
         reader.read_data(reader.prepare_local_plan(LoadPlan(planner.items)), planner).wait()
         return filled
@@ -49,11 +55,12 @@ class _Planner(LoadPlanner):
     def add(self, sharded: Any, index: Metadata) -> torch.Tensor:
         """Plans to read one sharded tensor, and returns what it is read into."""
         stored = index.state_dict_metadata.get(sharded.key)
-        size = getattr(stored, "size", None)
+        if not isinstance(stored, TensorStorageMetadata):
+            raise CheckpointingException(f"{sharded.key} is missing")
         # An embedding's padding may be another.
-        if size is None or not (sharded.allow_shape_mismatch or size == sharded.global_shape):
+        if not sharded.allow_shape_mismatch and stored.size != sharded.global_shape:
             raise CheckpointingException(
-                f"{sharded.key} is stored as {size}, expected {sharded.global_shape}"
+                f"{sharded.key} is stored as {tuple(stored.size)}, not {sharded.global_shape}"
             )
         tensor: torch.Tensor = sharded.data.detach()
         if sharded.allow_shape_mismatch:

@@ -32,9 +32,7 @@ def import_moe_utils() -> Any:
     return module
 
 
-def load_sharded(
-    sharded: dict[str, Any], directory: Path, *, reader: Any = None
-) -> dict[str, Any]:
+def load_sharded(sharded: dict[str, Any], directory: Path, *, reader: Any = None) -> dict[str, Any]:
     """Loads sharded tensors from a ``torch_dist`` checkpoint that any version has written.
 
     Args:

@@ -86,15 +86,14 @@ def write_export(
     Raises:
         UnsupportedModelError: A layer's quantizers have no format on disk.
     """
-    if isinstance(model, LayeredModel):
-        assert kind == "hf", "a distributed checkpoint is written from a whole model"
-    else:
+    if not isinstance(model, LayeredModel):
         prepare_for_export(model, architecture, dtype=dtype, packs=kind == "hf")
     if kind == "hf":
         write_huggingface(
             directory, model, architecture, context, dtype=dtype, companions=companions
         )
     else:
+        assert not isinstance(model, LayeredModel), "is written from a whole model"
         write_megatron(
             directory, model, architecture, context, dtype=dtype, companions=list(companions)
         )

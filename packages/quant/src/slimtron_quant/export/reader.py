@@ -199,9 +199,9 @@ class ExportedModel:
             hook = _InputHook(self.formats[module], factor, scale, context.device)
             model.get_submodule(bound.name.removesuffix(".weight")).register_forward_pre_hook(hook)
         if self.kv_cache is not None:
-            for layer, attention in attentions(model):
+            for block, attention in attentions(model):
                 scales = (
-                    scale.to(context.device) for scale in self.kv_scales(layer.layer_number - 1)
+                    scale.to(context.device) for scale in self.kv_scales(block.layer_number - 1)
                 )
                 attention.register_forward_pre_hook(KvCacheHook(self.kv_cache, *scales))
         self.tensors.close()

@@ -3,45 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
-from torch import nn
 
 from slimtron_common.atomic import atomic_write
 from slimtron_common.delivery import deliver, delivered
 from slimtron_common.evaluation import Evaluation, evaluate
-from slimtron_common.integrations.modelopt_state import is_quantized
-from slimtron_common.layerwise import LayerwiseModel, LayerwisePass
-from slimtron_common.models.megatron import build_model
+from slimtron_common.layerwise import quick_collection
 from slimtron_common.parallel import ParallelContext, initialize_parallel
-from slimtron_common.parallel.schedule import LayeredModel
 from slimtron_common.progress import stage
 from slimtron_common.report import Comparison
 from slimtron_common.workdir import WorkDir
 from slimtron_quant.calibration.experts import ExpertTokens
-from slimtron_quant.calibration.maxima import ForwardLoop
 from slimtron_quant.calibration.state import save_calibration
 from slimtron_quant.export.kinds import Export, open_export, write_export
-from slimtron_quant.export.prepare import prepare_for_export
 from slimtron_quant.export.reader import ExportedModel
 from slimtron_quant.export.verify import check_agreement
 from slimtron_quant.job.comparison import compare
 from slimtron_quant.job.mixed import Assignment
+from slimtron_quant.job.model import JobModel
 from slimtron_quant.job.preflight import Plan
 from slimtron_quant.job.sensitivity import measure_sensitivity
 from slimtron_quant.mixed.sensitivity import SENSITIVITY_NAME
-from slimtron_quant.quantizer import Quantizer, calibration_loop
+from slimtron_quant.quantizer import Quantizer
 from slimtron_quant.summary import LayerSummary
 
 __all__ = ["run"]
-
-Load = Callable[[int | None], nn.Module]
-"""Returns the model, or with a number that layer of it."""
 
 
 def run(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> Comparison:
@@ -70,10 +62,11 @@ def run(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> Compari
         work = WorkDir(config.output, plan.identity, context, resume=resume)
         if done is None:
             job = _Job(plan, context, work)
-            job.measure_original()
-            job.assign()
-            job.quantize()
-            job.verify()
+            with quick_collection() if config.layerwise else nullcontext():
+                job.measure_original()
+                job.assign()
+                job.quantize()
+                job.verify()
             done = job.comparison()
             if context.is_main:
                 job.publish(done, overwrite=overwrite)
@@ -89,11 +82,7 @@ class _Job:
         self.config = plan.config
         self.context = context
         self.work = work
-        self._model: nn.Module | None = None
-        self._layers: Sequence[int | None] = [None]
-        """The parts that are in memory one at a time: all of the model, or each layer."""
-        if self.config.layerwise:
-            self._layers = range(plan.checkpoint.architecture.num_layers)
+        self._model = JobModel(plan, context, work)
         self._quantization = plan.config.quantization
         self._assignment: Assignment | None = None
         micro_batch_size = self.config.evaluation.micro_batch_size
@@ -106,7 +95,7 @@ class _Job:
         if self.work.has("original"):
             return
         with stage("original: evaluate"), self.work.stage("original") as output:
-            evaluation = self._evaluate("original", self._original, record=output.directory)
+            evaluation = self._evaluate("original", self._model.original, record=output.directory)
             output.result = evaluation.to_dict()
 
     def assign(self) -> None:
@@ -114,19 +103,19 @@ class _Job:
         mixed = self.plan.mixed
         if mixed is None:
             return
-        text = self._calibration_text()
+        text = self._model.calibration_text()
         sensitivity = mixed.saved or measure_sensitivity(
             mixed,
             self.context,
             self.work,
-            load=self._fresh,
+            load=self._model.fresh,
             calibrate=text and text(None),
             micro_batch_size=self.config.quantization.calibration_batch_size,
             vocab_size=self.plan.checkpoint.architecture.vocab_size,
         )
         if mixed.saved is None:
             # It carries the last candidate's quantizers.
-            self._release()
+            self._model.release()
         self._assignment = mixed.assign(sensitivity)
         self._quantization = self._assignment.quantization
 
@@ -146,25 +135,25 @@ class _Job:
             write_export(
                 self.config.export.export_format,
                 output.directory,
-                self._whole("quantized", self._quantized),
+                self._model.whole("quantized", self._quantized),
                 self.plan.checkpoint.architecture,
                 self.context,
-                dtype=self._export_dtype,
+                dtype=getattr(torch, self.config.export.torch_dtype),
                 companions=self.plan.checkpoint.companion_files(),
             )
-        self._release()
+        self._model.release()
 
     def verify(self) -> None:
         """Stage ``exported``: the files, read back; those for engines without ModelOpt."""
         if self.work.has("exported"):
             return
-        self._release()
+        self._model.release()
         exported = self._export()
 
-        def build(layer: int | None) -> nn.Module:
+        def build(layer: int | None) -> Any:
             if layer is None:
                 return exported.build(self.context, dtype=self.plan.dtype)
-            self._release()
+            self._model.release()
             assert isinstance(exported, ExportedModel), "the only format that is written by layers"
             return exported.build(self.context, dtype=self.plan.dtype, layer=layer)
 
@@ -183,7 +172,9 @@ class _Job:
 
     def comparison(self) -> Comparison:
         """Reads every stage's outcome into one comparison."""
-        calibrations = [self.work.result(self._calibration(layer)) for layer in self._layers]
+        calibrations = [
+            self.work.result(self._model.calibration(layer)) for layer in self._model.layers
+        ]
         return compare(
             self.plan,
             {
@@ -193,7 +184,9 @@ class _Job:
             layers=[LayerSummary(**layer) for found in calibrations for layer in found["layers"]],
             mended=[item for found in calibrations for item in found["mended"]],
             experts=[
-                ExpertTokens.from_dict(layer) for found in calibrations for layer in found["experts"]
+                ExpertTokens.from_dict(layer)
+                for found in calibrations
+                for layer in found["experts"]
             ],
             exported=self._export(),
             assignment=self._assignment,
@@ -217,14 +210,14 @@ class _Job:
 
     def _calibrate(self) -> None:
         """Stage ``calibration``, or one for each layer."""
-        text = self._calibration_text()
-        for layer in self._layers:
-            key = self._calibration(layer)
+        text = self._model.calibration_text()
+        for layer in self._model.layers:
+            key = self._model.calibration(layer)
             if self.work.has(key):
                 continue
             with stage(key), self.work.stage(key) as output:
                 quantizer = Quantizer(self._quantization)
-                model = quantizer.quantize(self._original(layer), text and text(layer))
+                model = quantizer.quantize(self._model.original(layer), text and text(layer))
                 save_calibration(output.directory, model, self.context)
                 # Before the next one loads.
                 del model
@@ -234,94 +227,21 @@ class _Job:
                     "experts": [layer.to_dict() for layer in quantizer.experts],
                 }
 
-    def _calibration(self, layer: int | None) -> str:
-        return "calibration" if layer is None else f"calibration-{layer:05d}"
-
-    def _calibration_text(self) -> Callable[[int | None], ForwardLoop] | None:
-        """What runs the calibration's text through the model or one of its layers."""
-        if self.plan.calibration is None:
-            return None
-        batches = self.plan.calibration.batches(
-            self.config.quantization.calibration_batch_size,
-            self.context.dp_rank,
-            self.context.dp_size,
-        )
-        if not self.config.layerwise:
-            loop = calibration_loop(batches, self.context)
-            return lambda _: loop
-        text = LayerwisePass(
-            self._states("calibration"), batches, self.context, num_layers=len(self._layers)
-        )
-        return lambda layer: lambda model: text.run(model, layer)
-
-    def _original(self, layer: int | None = None) -> nn.Module:
-        """The model, or one of its layers: as it was, or calibrated if that was the last step."""
-        if layer is None and self._model is not None:
-            return self._model
-        self._release()
-        checkpoint = self.plan.checkpoint
-        with stage("load the model") if layer is None else nullcontext():
-            model = build_model(
-                checkpoint.architecture,
-                self.context,
-                dtype=self.plan.dtype,
-                layer_spec=self.config.layer_spec,
-                layer=layer,
-            )
-            checkpoint.load(model, self.context)
-        if layer is None:
-            self._model = model
-        return model
-
-    def _quantized(self, layer: int | None = None) -> nn.Module:
-        """The same calibrated; what is measured in memory is what will be written."""
-        model = self._original(layer)
-        if not is_quantized(model):
-            directory = self.work.directory(self._calibration(layer))
-            Quantizer(self._quantization).restore(model, directory, self.context)
-        prepare_for_export(
-            model,
-            self.plan.checkpoint.architecture,
-            dtype=self._export_dtype,
-            packs=self.config.export.export_format == "hf",
-        )
-        return model
-
-    def _fresh(self) -> nn.Module:
-        self._release()
-        return self._original()
+    def _quantized(self, layer: int | None) -> Any:
+        return self._model.quantized(self._quantization, layer)
 
     def _export(self) -> Export:
         return open_export(self.work.directory("export"), layer_spec=self.config.layer_spec)
 
-    @property
-    def _export_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.config.export.torch_dtype)
-        return dtype
-
-    def _release(self) -> None:
-        self._model = None
-        gc.collect()
-        torch.cuda.empty_cache()
-
-    def _states(self, name: str) -> Path:
-        return self.work.directory(f"{name}-states")
-
-    def _whole(self, name: str, load: Load) -> nn.Module | LayeredModel:
-        """The model in memory, or what loads its layers one after the other."""
-        if not self.config.layerwise:
-            return load(None)
-        return LayerwiseModel(load, num_layers=len(self._layers), directory=self._states(name))
-
     def _evaluate(
         self,
         name: str,
-        load: Load,
+        load: Callable[[int | None], Any],
         references: Mapping[str, Path] = MappingProxyType({}),
         record: Path | None = None,
     ) -> Evaluation:
         return evaluate(
-            self._whole(name, load),
+            self._model.whole(name, load),
             self._evaluation,
             self.context,
             vocab_size=self.plan.checkpoint.architecture.vocab_size,
