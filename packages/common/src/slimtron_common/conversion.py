@@ -13,7 +13,7 @@ from torch import nn
 from slimtron_common.atomic import check_writable
 from slimtron_common.checkpoint import Checkpoint, open_checkpoint, parse_spec
 from slimtron_common.checkpoint.kinds import WRITERS
-from slimtron_common.checkpoint.writer import MAX_SHARD_BYTES, collective_directory
+from slimtron_common.checkpoint.writer import collective_directory
 from slimtron_common.errors import ConfigError, VerificationError
 from slimtron_common.memory import check_memory, shard_parameters
 from slimtron_common.models.megatron import build_model
@@ -183,11 +183,12 @@ def _check_memory(plan: ConversionPlan) -> None:
     parameters = shard_parameters(plan.source, plan.parallel)
     original = parameters * plan.source.dtype.itemsize if _rounds(plan) else 0
     written = parameters * plan.dtype.itemsize
-    # Megatron-Core's writers get a copy of every process's part. Of Hugging Face's files one at a
-    # time is in memory, in one of the tensor-parallel processes.
+    # Megatron-Core's writers get a copy of every process's part. Into Hugging Face's files goes one
+    # tensor after the other, none larger than the embedding.
     copy = written
     if plan.kind == "hf":
-        copy = min(written, MAX_SHARD_BYTES / plan.parallel.tensor_parallel_size)
+        architecture = plan.source.architecture
+        copy = architecture.vocab_size * architecture.hidden_size * plan.dtype.itemsize
     files = "what is being written"
     if plan.device == "cuda":
         check_memory(

@@ -20,6 +20,7 @@ __all__ = [
     "activation_bytes",
     "available_memory",
     "check_memory",
+    "layer_parameters",
     "required_memory",
     "shard_parameters",
 ]
@@ -35,6 +36,20 @@ def shard_parameters(checkpoint: Checkpoint, parallel: ParallelConfig) -> float:
     layers = shared + experts / parallel.expert_parallel_size
     share = architecture.stage_layers(parallel.pipeline_parallel_size)[0] / architecture.num_layers
     return (layers * share + embedding) / parallel.tensor_parallel_size
+
+
+def layer_parameters(checkpoint: Checkpoint, parallel: ParallelConfig) -> float:
+    """Parameters that one process holds where layers are loaded one at a time.
+
+    These are a layer's, with the embedding or the output layer.
+    """
+    architecture = checkpoint.architecture
+    embedding = architecture.vocab_size * architecture.hidden_size
+    experts = architecture.num_expert_parameters
+    ends = embedding * (1 if architecture.tied_embeddings else 2)
+    layers = checkpoint.num_parameters - ends - experts + experts / parallel.expert_parallel_size
+    layer = layers / architecture.num_layers
+    return (layer + embedding) / parallel.tensor_parallel_size
 
 
 def activation_bytes(

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from slimtron_common.checkpoint.base import CONFIG_NAME, Checkpoint
 from slimtron_common.checkpoint.huggingface import write_json
 from slimtron_common.checkpoint.metadata import check_metadata, refuse_code
+from slimtron_common.checkpoint.slices import SliceReader
 from slimtron_common.checkpoint.writer import collective_directory, copy_files
 from slimtron_common.errors import CheckpointError
 from slimtron_common.integrations.megatron_core import COMMON_STATE, load_sharded, prefixed
@@ -141,7 +142,12 @@ def load_distributed(model: nn.Module, directory: Path, *, quantized: bool = Fal
             warnings.simplefilter("ignore", FutureWarning)
             if quantized and not is_quantized(model):
                 restore_quantizers(model, directory, prefix)
-            state = load_sharded(_sharded_weights(model), directory, prefix)
+            state = load_sharded(
+                _sharded_weights(model),
+                directory,
+                prefix,
+                reader=SliceReader() if _is_lone_layer(model) else None,
+            )
     except (
         CheckpointingException,
         CheckpointException,
@@ -267,7 +273,18 @@ def _sharded_weights(model: Any) -> dict[str, Any]:
         sharded = model.sharded_state_dict(prefix="")
     # Transformer Engine's extra state holds FP8 training recipes, which weights do not need.
     sharded = {name: value for name, value in sharded.items() if "_extra_state" not in name}
+    if _is_lone_layer(model):
+        # Megatron-Core names it by its number in the whole model.
+        number = model.decoder.layers[0].layer_number - 1
+        found, local = f"decoder.layers.{number}.", "decoder.layers.0."
+        sharded = {name.replace(found, local, 1): value for name, value in sharded.items()}
     return cut_gated_scales(model, sharded) if is_quantized(model) else sharded
+
+
+def _is_lone_layer(model: Any) -> bool:
+    """Whether a model is one layer of several, without a pipeline that has the others."""
+    config, held = model.config, len(model.decoder.layers)
+    return bool(config.pipeline_model_parallel_size == 1 and held < config.num_layers)
 
 
 def _in_type(

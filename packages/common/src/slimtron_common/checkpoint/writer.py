@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from slimtron_common.atomic import atomic_directory
+from slimtron_common.checkpoint.safetensors_file import SafetensorsWriter
 from slimtron_common.parallel.context import ParallelContext
 
 __all__ = [
@@ -64,8 +63,7 @@ def write_safetensors(
 ) -> None:
     """Streams named tensors into safetensors files of bounded size, with an index if several.
 
-    Each pipeline stage's writer writes its own files; at most one file's tensors are in
-    memory.
+    Each pipeline stage's writer writes its own files; one tensor at a time is in memory.
 
     Args:
         directory: An existing directory on shared storage.
@@ -74,23 +72,22 @@ def write_safetensors(
         max_shard_bytes: Upper bound of a file, unless one tensor is larger.
     """
     parts: list[tuple[str, dict[str, int]]] = []
-    pending: dict[str, torch.Tensor] = {}
-
-    def flush() -> None:
-        if pending:
-            # In the order of their names the parts are in the order of the model.
-            part = f".part-{context.pp_rank:05d}-{len(parts):05d}"
-            save_tensors(directory / part, pending)
-            parts.append((part, {name: _size(tensor) for name, tensor in pending.items()}))
-            pending.clear()
-
-    for name, tensor in tensors:
-        if not context.is_writer:
-            continue
-        if sum(map(_size, pending.values())) + _size(tensor) > max_shard_bytes:
-            flush()
-        pending[name] = tensor.detach().to("cpu").contiguous()
-    flush()
+    with contextlib.ExitStack() as stack:
+        file: SafetensorsWriter | None = None
+        sizes: dict[str, int] = {}
+        for name, tensor in tensors:
+            if not context.is_writer:
+                continue
+            if file is None or file.num_bytes + _size(tensor) > max_shard_bytes:
+                stack.close()
+                # In the order of their names the parts are in the order of the model.
+                part, sizes = f".part-{context.pp_rank:05d}-{len(parts):05d}", {}
+                parts.append((part, sizes))
+                file = stack.enter_context(SafetensorsWriter(directory / part))
+            file.add(name, tensor)
+            sizes[name] = _size(tensor)
+            # A generator that goes on would find it still held here.
+            del tensor
 
     gathered: list[list[tuple[str, dict[str, int]]]] = [[] for _ in range(context.world_size)]
     dist.all_gather_object(gathered, parts)
@@ -121,17 +118,9 @@ def _name_parts(directory: Path, parts: list[tuple[str, dict[str, int]]]) -> Non
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes one safetensors file through to the disk, readable as the umask says."""
-    save_file(dict(tensors), path, metadata={"format": "pt"})
-    # safetensors keeps its files to the owner; a server often runs as someone else.
-    path.chmod(0o666 & ~_umask())
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+    with SafetensorsWriter(path) as file:
+        for name, tensor in tensors.items():
+            file.add(name, tensor)
 
 
 def _size(tensor: torch.Tensor) -> int:

@@ -2,7 +2,7 @@
 
 Each process keeps its own shard: ``<rank_key>.logits``, the batches one after the other as raw
 bytes, and ``<rank_key>.json``, which describes them. The description is written last: without it
-the recording is unfinished and is refused.
+the recording is unfinished and is refused. Hidden states are kept in the same way.
 """
 
 from __future__ import annotations
@@ -49,13 +49,15 @@ class ReferenceWriter:
     Args:
         directory: Where the recording goes; created if missing.
         rank_key: Names this process's shard (``tp0-cp0-dp1``); unique among the processes.
+        contents: What is recorded, where it is not logits.
 
     Raises:
         CheckpointError: The disk is full or cannot be written.
     """
 
-    def __init__(self, directory: Path, rank_key: str) -> None:
-        self._data, self._index = _paths(directory, rank_key)
+    def __init__(self, directory: Path, rank_key: str, *, contents: str = "logits") -> None:
+        self._contents = contents
+        self._data, self._index = _paths(directory, rank_key, contents)
         self._batches: list[dict[str, object]] = []
         self._file: BinaryIO
 
@@ -65,7 +67,7 @@ class ReferenceWriter:
             self._index.unlink(missing_ok=True)
             self._file = self._data.open("wb")
         except OSError as error:
-            raise _write_error(self._data, error) from error
+            raise _write_error(self._data, error, self._contents) from error
         return self
 
     def append(self, logits: Tensor) -> None:
@@ -78,7 +80,7 @@ class ReferenceWriter:
         try:
             self._file.write(raw)
         except OSError as error:
-            raise _write_error(self._data, error) from error
+            raise _write_error(self._data, error, self._contents) from error
         self._batches.append(
             {
                 "dtype": str(logits.dtype).removeprefix("torch."),
@@ -98,7 +100,7 @@ class ReferenceWriter:
             if error is None:
                 atomic_write(self._index, json.dumps({"batches": self._batches}))
         except OSError as failure:
-            raise _write_error(self._data, failure) from failure
+            raise _write_error(self._data, failure, self._contents) from failure
         finally:
             if not self._index.exists():
                 self._data.unlink(missing_ok=True)
@@ -112,24 +114,26 @@ class ReferenceReader:
     Args:
         directory: Where the recording is.
         rank_key: The shard, as it was named when it was recorded.
+        contents: What was recorded, where it is not logits.
 
     Raises:
         CheckpointError: The recording is missing, unfinished, truncated or not readable.
     """
 
-    def __init__(self, directory: Path, rank_key: str) -> None:
-        self._data, index = _paths(directory, rank_key)
-        self._batches = _read_index(index)
+    def __init__(self, directory: Path, rank_key: str, *, contents: str = "logits") -> None:
+        self._contents = contents
+        self._data, index = _paths(directory, rank_key, contents)
+        self._batches = _read_index(index, contents)
         try:
             found = self._data.stat().st_size
         except OSError as error:
             raise CheckpointError(
-                f"the recorded logits cannot be read: {error}", where=self._data
+                f"the recorded {self._contents} cannot be read: {error}", where=self._data
             ) from error
         expected = sum(batch.num_bytes for batch in self._batches)
         if found != expected:
             raise CheckpointError(
-                "the recorded logits are truncated or changed",
+                f"the recorded {self._contents} are truncated or changed",
                 where=self._data,
                 found=f"{found} bytes",
                 allowed=f"{expected} bytes",
@@ -179,15 +183,15 @@ class ReferenceReader:
                 num_read = file.readinto(raw)
         except OSError as error:
             raise CheckpointError(
-                f"the recorded logits cannot be read: {error}", where=self._data
+                f"the recorded {self._contents} cannot be read: {error}", where=self._data
             ) from error
         if num_read != batch.num_bytes or zlib.crc32(raw) != batch.crc32:
             raise CheckpointError(f"batch {index} is corrupt", where=self._data)
         return logits if like is None else logits.to(like.device)
 
 
-def _paths(directory: Path, rank_key: str) -> tuple[Path, Path]:
-    return directory / f"{rank_key}.logits", directory / f"{rank_key}.json"
+def _paths(directory: Path, rank_key: str, contents: str) -> tuple[Path, Path]:
+    return directory / f"{rank_key}.{contents.replace(' ', '-')}", directory / f"{rank_key}.json"
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -195,7 +199,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def _read_index(path: Path) -> list[_Batch]:
+def _read_index(path: Path, contents: str) -> list[_Batch]:
     try:
         entries = json.loads(path.read_bytes())["batches"]
         batches: list[_Batch] = []
@@ -207,7 +211,7 @@ def _read_index(path: Path) -> list[_Batch]:
             offset += num_bytes
     except FileNotFoundError as error:
         raise CheckpointError(
-            "no finished recording of the original's logits",
+            f"no finished recording of the {contents}",
             where=path,
             hint="record it again: it is missing, or was interrupted",
         ) from error
@@ -218,9 +222,9 @@ def _read_index(path: Path) -> list[_Batch]:
     return batches
 
 
-def _write_error(path: Path, error: OSError) -> CheckpointError:
+def _write_error(path: Path, error: OSError, contents: str) -> CheckpointError:
     return CheckpointError(
-        f"the original's logits cannot be recorded: {error.strerror}",
+        f"the {contents} cannot be recorded: {error.strerror}",
         where=path,
-        hint="free space on this disk, or evaluate on fewer tokens",
+        hint="free space on this disk, or take fewer tokens",
     )

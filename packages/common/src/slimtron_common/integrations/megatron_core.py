@@ -43,13 +43,17 @@ def prefixed(sharded: dict[K, Any], prefix: str) -> dict[K, Any]:
     return sharded
 
 
-def load_sharded(sharded: dict[str, Any], directory: Path, prefix: str = "") -> dict[str, Any]:
+def load_sharded(
+    sharded: dict[str, Any], directory: Path, prefix: str = "", *, reader: Any = None
+) -> dict[str, Any]:
     """Loads sharded tensors from a ``torch_dist`` checkpoint that any version has written.
 
     Args:
         sharded: ``ShardedTensor``s by name, as a model's ``sharded_state_dict`` makes them.
         directory: The distributed checkpoint.
         prefix: What the names in the checkpoint start with.
+        reader: A strategy that reads tensors of which no process holds the rest, in the place of
+            Megatron-Core's, which makes sure that all of each is asked for.
 
     Returns:
         The tensors under the same names.
@@ -65,6 +69,8 @@ def load_sharded(sharded: dict[str, Any], directory: Path, prefix: str = "") -> 
                 return {}
 
         options["common_strategy"] = NoCommonState()
+    if reader is not None:
+        options.update(sharded_strategy=reader, validate_access_integrity=False)
     names = list(sharded)
     loaded = dist_checkpointing.load(prefixed(sharded, prefix), str(directory), **options)
     # 0.19 adds what lies in an older checkpoint's common state.

@@ -65,6 +65,7 @@ def build_model(
     layer_spec: LayerSpec = "auto",
     settings: Mapping[str, Any] = MappingProxyType({}),
     vp_stage: int | None = None,
+    layer: int | None = None,
 ) -> nn.Module:
     """Builds this process's part of the model, its weights uninitialised.
 
@@ -77,6 +78,8 @@ def build_model(
         settings: More fields of ``TransformerConfig``, such as how a training recomputes
             activations.
         vp_stage: The chunk to build of an interleaved pipeline's stage.
+        layer: The one layer to build, from 0, without pipeline parallelism: as a stage of its
+            own. The first has the embedding, the last the final norm and the output layer.
 
     Returns:
         ``megatron.core.models.gpt.GPTModel``, or what ``build_hybrid`` builds, in eval mode on
@@ -87,6 +90,7 @@ def build_model(
         MissingDependencyError: Transformer Engine was asked for and is not installed.
     """
     from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
     architecture.check_parallel(
         tensor_parallel_size=context.tp_size,
@@ -94,8 +98,12 @@ def build_model(
         expert_parallel_size=context.ep_size,
         virtual_pipeline_size=context.vpp_size,
     )
-    is_first = context.is_first_stage and vp_stage in (None, 0)
-    is_last = context.is_last_stage and vp_stage in (None, context.vpp_size - 1)
+    is_first = context.is_first_stage and vp_stage in (None, 0) and layer in (None, 0)
+    is_last = (
+        context.is_last_stage
+        and vp_stage in (None, context.vpp_size - 1)
+        and layer in (None, architecture.num_layers - 1)
+    )
     use_te = _use_transformer_engine(layer_spec, context)
     config = transformer_config(architecture, context, dtype=dtype, settings=settings)
     if architecture.moe:
@@ -114,7 +122,12 @@ def build_model(
         else:
             model = GPTModel(
                 config=config,
-                transformer_layer_spec=_block_spec(architecture, config, use_te, vp_stage),
+                transformer_layer_spec=_block_spec(
+                    architecture,
+                    config,
+                    use_te,
+                    num_layers=get_num_layers_to_build(config, vp_stage) if layer is None else 1,
+                ),
                 vocab_size=architecture.padded_vocab_size(context.tp_size),
                 max_sequence_length=architecture.max_position_embeddings,
                 pre_process=is_first,
@@ -129,6 +142,9 @@ def build_model(
                 rope_scaling_factor=architecture.rotary_scaling_factor or 8.0,
                 seq_len_interpolation_factor=architecture.rotary_interpolation,
             )
+    if layer is not None:
+        # Megatron-Core counts from the pipeline stage's first.
+        model.decoder.layers[0].layer_number = layer + 1
     if architecture.scaled_embeddings and is_first:
         scale_embeddings(model.embedding)
     weight_expert_outputs(model)
@@ -277,21 +293,21 @@ def _use_transformer_engine(layer_spec: LayerSpec, context: ParallelContext) -> 
     return layer_spec == "transformer_engine"
 
 
-def _block_spec(architecture: Architecture, config: Any, use_te: bool, vp_stage: int | None) -> Any:
+def _block_spec(architecture: Architecture, config: Any, use_te: bool, *, num_layers: int) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_local_spec,
         get_gpt_layer_with_transformer_engine_spec,
     )
-    from megatron.core.transformer.transformer_block import (
-        TransformerBlockSubmodules,
-        get_num_layers_to_build,
-    )
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     num_experts = architecture.moe.num_experts if architecture.moe else None
     if use_te:
-        return get_gpt_layer_with_transformer_engine_spec(
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=num_experts, moe_grouped_gemm=False, qk_layernorm=architecture.qk_norm
         )
+        return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
     layer = get_gpt_layer_local_spec(
         num_experts=num_experts,
         moe_grouped_gemm=False,
@@ -304,9 +320,7 @@ def _block_spec(architecture: Architecture, config: Any, use_te: bool, vp_stage:
     if architecture.qk_norm:
         layer.submodules.self_attention.submodules.q_layernorm = norm
         layer.submodules.self_attention.submodules.k_layernorm = norm
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm
-    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
 def _mark_shards(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -9,14 +10,32 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import nn
 
 from slimtron_common.errors import ParallelismError
 from slimtron_common.parallel.context import ParallelContext
 from slimtron_common.parallel.unwrap import unwrap_chunks
 
-__all__ = ["check_context_parallel", "forward_only"]
+__all__ = ["LayeredModel", "OnLogits", "check_context_parallel", "forward_only"]
 
 OnLogits = Callable[[int, torch.Tensor], None]
+
+
+class LayeredModel(ABC):
+    """A model that is never whole in memory; ``forward_only`` takes it as any other."""
+
+    @abstractmethod
+    def layers(self) -> Iterator[nn.Module]:
+        """Yields each layer as a pipeline stage of its own; let go of one before the next."""
+
+    @abstractmethod
+    def forward_only(
+        self,
+        batches: Sequence[torch.Tensor],
+        context: ParallelContext,
+        on_logits: OnLogits | None = None,
+    ) -> None:
+        """Runs every batch through the model, as the function of this name does."""
 
 
 @torch.no_grad()
@@ -33,7 +52,8 @@ def forward_only(
     batch becomes a run of its own, so nothing is padded or dropped.
 
     Args:
-        model: A Megatron-Core model or what holds it; its mode (train or eval) is kept.
+        model: A Megatron-Core model or what holds it, or a ``LayeredModel``; its mode (train or
+            eval) is kept.
         batches: Token ids, each ``[b, s]`` int64.
         context: This process's place.
         on_logits: Called on the last pipeline stage as ``on_logits(index, logits)``, with the
@@ -45,6 +65,9 @@ def forward_only(
     """
     check_context_parallel(context.cp_size)
     _check_counts(len(batches), context)
+    if isinstance(model, LayeredModel):
+        model.forward_only(batches, context, on_logits)
+        return
     chunks = unwrap_chunks(model)
     run = get_forward_backward_func()
     for shape, group in groupby(enumerate(batches), key=lambda item: item[1].shape):

@@ -142,6 +142,12 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
                 help="calibrate every expert on every token; outputs stay as routed",
             )
         if title == "machine":
+            group.add_argument(
+                "--layerwise",
+                action="store_true",
+                default=None,
+                help="hold one layer at a time, for a model that does not fit",
+            )
             add_sequence_parallel(group)
     add_set(parser, example="parallel.tensor_parallel_size=2")
 

@@ -29,13 +29,14 @@ from slimtron_common.models.huggingface import config_from_architecture
 from slimtron_common.models.layouts import Layout
 from slimtron_common.models.mapping import model_parameters
 from slimtron_common.parallel import ParallelContext
+from slimtron_common.parallel.schedule import LayeredModel
 from slimtron_quant.export.folding import input_factor
 from slimtron_quant.export.kv_cache import kv_cache_scales
 from slimtron_quant.formats import Calibration, Format, format_named
 from slimtron_quant.formats.codes import block_amax
 from slimtron_quant.formats.detect import LayerFormat, detect_format, quantizer_stages
 from slimtron_quant.formats.hf_quant_config import config_json_quantization, hf_quant_config
-from slimtron_quant.formats.kv_cache import kv_cache_format
+from slimtron_quant.formats.kv_cache import KvCacheFormat, kv_cache_format
 
 __all__ = ["QUANT_CONFIG_NAME", "write_huggingface"]
 
@@ -48,7 +49,7 @@ divide approximately, and a number half-way between two codes goes either way.""
 
 def write_huggingface(
     directory: Path,
-    model: nn.Module,
+    model: nn.Module | LayeredModel,
     architecture: Architecture,
     context: ParallelContext,
     *,
@@ -59,7 +60,8 @@ def write_huggingface(
 
     Args:
         directory: On storage that all processes share.
-        model: The bare Megatron-Core model with calibrated quantizers, prepared for the export.
+        model: The bare Megatron-Core model with calibrated quantizers, prepared for the export;
+            or the like in layers.
         architecture: What it is.
         context: This process's place.
         dtype: Type of what stays unquantized.
@@ -68,10 +70,19 @@ def write_huggingface(
     Raises:
         UnsupportedModelError: A layer's quantizers have no format on disk.
     """
-    layers, kv_cache = _quantized_layers(model, architecture, context), kv_cache_format(model)
-    write_safetensors(
-        directory, _packed_tensors(model, architecture, context, dtype=dtype), context
-    )
+    found: dict[str, LayerFormat | None] = {}
+    caches: list[KvCacheFormat | None] = []
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for part in model.layers() if isinstance(model, LayeredModel) else iter([model]):
+            found.update(_linear_layers(part, architecture))
+            caches.append(kv_cache_format(part))
+            yield from _packed_tensors(part, architecture, context, dtype=dtype)
+            # Before the next one loads.
+            del part
+
+    write_safetensors(directory, tensors(), context)
+    layers, kv_cache = _in_order(context.joined(found), architecture), caches[0]
     if context.is_main:
         name = str(dtype).removeprefix("torch.")
         config = config_from_architecture(architecture, dtype=name)
@@ -82,16 +93,20 @@ def write_huggingface(
     context.barrier()
 
 
-def _quantized_layers(
-    model: nn.Module, architecture: Architecture, context: ParallelContext
-) -> dict[str, LayerFormat | None]:
-    """Each linear layer's Hugging Face name with its format, in the order of the model."""
-    found: dict[str, LayerFormat | None] = {}
+def _linear_layers(
+    model: nn.Module, architecture: Architecture
+) -> Iterator[tuple[str, LayerFormat | None]]:
+    """This process's linear layers by their Hugging Face names, with their formats."""
     for bound in bound_parameters(model, architecture):
         if _is_linear(bound) and not bound.is_copy:
             for name in bound.rule.hf_names:
-                found[name] = detect_format(_module(model, bound))
-    found = context.joined(found)
+                yield name, detect_format(_module(model, bound))
+
+
+def _in_order(
+    found: Mapping[str, LayerFormat | None], architecture: Architecture
+) -> dict[str, LayerFormat | None]:
+    """All linear modules in the order of the model."""
     names = (name for _, rule in model_parameters(architecture) for name in rule.hf_names)
     layers = {name.removesuffix(".weight"): found[name] for name in names if name in found}
     # Engines look the output layer up even where it is the embedding.
@@ -103,8 +118,13 @@ def _quantized_layers(
 def _packed_tensors(
     model: nn.Module, architecture: Architecture, context: ParallelContext, *, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
+    kv_scales = kv_cache_scales(model)
+
     def convert(bound: BoundParameter) -> Iterator[tuple[str, Tensor]]:
         module = _module(model, bound)
+        attention, _, query = bound.rule.hf_names[0].rpartition("q_proj.weight")
+        if attention and not query:
+            yield from ((n, scale) for n, scale in kv_scales.items() if n.startswith(attention))
         written = detect_format(module) if _is_linear(bound) else None
         if written is not None:
             yield from _packed_layer(bound, module, written, context, dtype=dtype)
@@ -112,8 +132,6 @@ def _packed_tensors(
         wholes = bound.rule.layout.split(gather_shards(bound.tensor.detach(), context))
         for name, whole in zip(bound.rule.hf_names, wholes, strict=True):
             yield name, whole.to(dtype)
-
-    yield from kv_cache_scales(model).items()
 
     parameters = [b for b in bound_parameters(model, architecture) if not b.is_copy]
     yield from stage_tensors(parameters, convert, context)

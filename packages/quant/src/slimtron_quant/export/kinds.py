@@ -15,6 +15,7 @@ from slimtron_common.checkpoint.nemo2 import write_nemo2
 from slimtron_common.models import Architecture
 from slimtron_common.models.megatron import LayerSpec
 from slimtron_common.parallel import ParallelContext
+from slimtron_common.parallel.schedule import LayeredModel
 from slimtron_quant.export.huggingface import write_huggingface
 from slimtron_quant.export.megatron import MegatronExport
 from slimtron_quant.export.prepare import prepare_for_export
@@ -65,7 +66,7 @@ class Export(Protocol):
 def write_export(
     kind: str,
     directory: Path,
-    model: nn.Module,
+    model: nn.Module | LayeredModel,
     architecture: Architecture,
     context: ParallelContext,
     *,
@@ -79,7 +80,7 @@ def write_export(
         kind: ``hf``, ``megatron`` or ``nemo``.
         directory: On storage that all processes share.
         model: The bare Megatron-Core model with calibrated quantizers; it is made the one on
-            disk first (``prepare_for_export``).
+            disk first (``prepare_for_export``). Or one in layers, which come prepared, for ``hf``.
         architecture: What it is.
         context: This process's place.
         dtype: Type of what stays unquantized.
@@ -89,12 +90,14 @@ def write_export(
     Raises:
         UnsupportedModelError: A layer's quantizers have no format on disk.
     """
-    prepare_for_export(model, architecture, dtype=dtype, packs=kind == "hf")
+    if not isinstance(model, LayeredModel):
+        prepare_for_export(model, architecture, dtype=dtype, packs=kind == "hf")
     if kind == "hf":
         write_huggingface(
             directory, model, architecture, context, dtype=dtype, companions=companions
         )
     elif kind == "megatron":
+        assert not isinstance(model, LayeredModel), "is written from a whole model"
         write_megatron(
             directory, model, architecture, context, dtype=dtype, companions=list(companions)
         )

@@ -167,7 +167,9 @@ class ExportedModel:
         """Type to run the model in: as stored on a GPU, float32 on the CPU."""
         return self.dtype if device.type == "cuda" else torch.float32
 
-    def build(self, context: ParallelContext, *, dtype: torch.dtype) -> nn.Module:
+    def build(
+        self, context: ParallelContext, *, dtype: torch.dtype, layer: int | None = None
+    ) -> nn.Module:
         """Builds a Megatron-Core model that computes what an engine would compute.
 
         Weights are decoded; inputs are multiplied by their factor and rounded to the format
@@ -176,9 +178,12 @@ class ExportedModel:
         Args:
             context: This process's place.
             dtype: Type to compute in.
+            layer: The one layer to build, as in ``build_model``.
         """
         # Transformer Engine's fused layers would hide the linear layer's input from the hook.
-        model = build_model(self.architecture, context, dtype=dtype, layer_spec="local")
+        model = build_model(
+            self.architecture, context, dtype=dtype, layer_spec="local", layer=layer
+        )
         load_weights(model, self.architecture, context, self.read)
         for bound in bound_parameters(model, self.architecture):
             module = bound.rule.hf_names[0].removesuffix(".weight")
@@ -194,9 +199,9 @@ class ExportedModel:
             hook = _InputHook(self.formats[module], factor, scale, context.device)
             model.get_submodule(bound.name.removesuffix(".weight")).register_forward_pre_hook(hook)
         if self.kv_cache is not None:
-            for layer, attention in attentions(model):
+            for block, attention in attentions(model):
                 scales = (
-                    scale.to(context.device) for scale in self.kv_scales(layer.layer_number - 1)
+                    scale.to(context.device) for scale in self.kv_scales(block.layer_number - 1)
                 )
                 attention.register_forward_pre_hook(KvCacheHook(self.kv_cache, *scales))
         self.tensors.close()

@@ -32,6 +32,10 @@ class QuantJobConfig:
     gate: QualityGate = field(default_factory=QualityGate)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
+    layerwise: bool = False
+    """Whether one layer at a time is in memory, for models that do not fit: each is read from the
+    checkpoint when its turn comes, and hidden states wait on disk. The numbers are the same."""
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type that the model computes in; ``auto``: as stored on a GPU, float32 on the CPU."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,10 +17,12 @@ from slimtron_common.data.config import DataConfig
 from slimtron_common.data.sources import check_source
 from slimtron_common.errors import ConfigError, ParallelismError
 from slimtron_common.evaluation.reference import reference_bytes
+from slimtron_common.layerwise import hidden_state_bytes
 from slimtron_common.manifest import environment_versions
 from slimtron_common.memory import (
     activation_bytes,
     check_memory,
+    layer_parameters,
     required_memory,
     shard_parameters,
 )
@@ -36,6 +39,7 @@ from slimtron_quant.config import QuantizationConfig
 from slimtron_quant.export.nemo import check_nemo_opens_quantizers
 from slimtron_quant.formats.kv_cache import KV_CACHE_FORMATS, describe_kv_cache
 from slimtron_quant.job.config import QuantJobConfig
+from slimtron_quant.job.layerwise import check_layerwise
 from slimtron_quant.job.mixed import Candidates, MixedPlan, open_candidates, plan_mixed
 from slimtron_quant.recipes import Recipe, Scheme, quantization_scheme
 
@@ -192,6 +196,8 @@ def preflight(
             allowed="hf with a quantized KV cache",
             hint="--kv-cache none for training on; quantize the cache of what was trained",
         )
+    if config.layerwise:
+        check_layerwise(config, schemes)
     _check_lengths(config, architecture.max_position_embeddings)
     dtype = checkpoint.compute_dtype(config.dtype, device)
     estimate = _estimate(config, checkpoint, schemes, candidates, dtype)
@@ -204,8 +210,12 @@ def preflight(
     check_memory(
         estimate.parts,
         device,
-        hint="raise tensor_parallel_size, pipeline_parallel_size or, for experts, "
-        "expert_parallel_size, or lower the batch sizes and sequence lengths",
+        hint="raise tensor_parallel_size or, for experts, expert_parallel_size, or lower the batch "
+        "sizes and sequence lengths"
+        if config.layerwise
+        else "hold one layer at a time with --layerwise, or raise tensor_parallel_size, "
+        "pipeline_parallel_size or, for experts, expert_parallel_size, or lower the batch sizes "
+        "and sequence lengths",
     )
     needs_text = candidates is not None or schemes[0].needs_calibration
     evaluation, calibration = _open_text(config, needs_text, checkpoint)
@@ -358,7 +368,10 @@ def _estimate(
     all_routes = moe.num_experts if moe and quantization.calibrate_all_experts else routes
     logits = reference_bytes(evaluation.num_tokens, architecture.vocab_size, dtype)
     rewrites_weights = any(scheme.recipe.rewrites_weights for scheme in schemes)
-    statistics = max(_awq_statistics(scheme, parallel.expert_parallel_size) for scheme in schemes)
+    statistics = max(
+        _awq_statistics(scheme, parallel.expert_parallel_size, layerwise=config.layerwise)
+        for scheme in schemes
+    )
     experts = architecture.num_expert_parameters / moe.num_experts if moe else 0.0
     shared = parameters - architecture.num_expert_parameters
     routed = shared + routes * experts
@@ -371,8 +384,13 @@ def _estimate(
         tokens = round(candidates.num_passes * measured) + len(schemes) * calibration_tokens
         products += routed * tokens
         statistics += pipeline * reference_bytes(measured, architecture.vocab_size, dtype)
+    held, carried = shard_parameters(checkpoint, parallel), 0
+    if config.layerwise:
+        held = layer_parameters(checkpoint, parallel)
+        tokens = max(evaluation.num_tokens, calibration_tokens if calibrates else 0)
+        carried = hidden_state_bytes(tokens, architecture, dtype)
     return Estimate(
-        weights=round(shard_parameters(checkpoint, parallel) * itemsize),
+        weights=round(held * itemsize),
         activations=activation_bytes(
             architecture,
             parallel,
@@ -382,18 +400,22 @@ def _estimate(
         ),
         statistics=round(statistics / tensor / pipeline),
         disk=round(
-            logits + checkpoint.weight_bytes + (parameters * itemsize if rewrites_weights else 0)
+            logits
+            + carried
+            + checkpoint.weight_bytes
+            + (parameters * itemsize if rewrites_weights else 0)
         ),
         flops=2.0 * products,
     )
 
 
-def _awq_statistics(scheme: Scheme, expert_parallel_size: int) -> float:
+def _awq_statistics(scheme: Scheme, expert_parallel_size: int, *, layerwise: bool) -> float:
     """Bytes of the second moments of the layers' inputs: AWQ keeps them until its search."""
     if scheme.method != "awq_lite":
         return 0
-    return sum(
-        4 * layer.in_features**2 / (1 if layer.expert is None else expert_parallel_size)
-        for name, layer in scheme.layers.items()
-        if scheme.choices[name].recipe == scheme.recipe.name
-    )
+    sizes: Counter[int] = Counter()
+    for name, layer in scheme.layers.items():
+        if scheme.choices[name].recipe == scheme.recipe.name:
+            parts = 1 if layer.expert is None else expert_parallel_size
+            sizes[layer.layer] += 4 * layer.in_features**2 // parts
+    return max(sizes.values(), default=0) if layerwise else sizes.total()

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
-from torch import nn
 
 from slimtron_common.atomic import atomic_write
 from slimtron_common.delivery import deliver, delivered
 from slimtron_common.evaluation import Evaluation, evaluate
-from slimtron_common.models.megatron import build_model
+from slimtron_common.layerwise import quick_collection
 from slimtron_common.parallel import ParallelContext, initialize_parallel
 from slimtron_common.progress import stage
 from slimtron_common.report import Comparison
 from slimtron_common.workdir import WorkDir
 from slimtron_quant.calibration.experts import ExpertTokens
-from slimtron_quant.calibration.maxima import ForwardLoop
 from slimtron_quant.calibration.state import save_calibration
 from slimtron_quant.export.kinds import Export, open_export, write_export
-from slimtron_quant.export.prepare import prepare_for_export
+from slimtron_quant.export.reader import ExportedModel
 from slimtron_quant.export.verify import check_agreement
 from slimtron_quant.job.comparison import compare
 from slimtron_quant.job.mixed import Assignment
+from slimtron_quant.job.model import JobModel
 from slimtron_quant.job.preflight import Plan
 from slimtron_quant.job.sensitivity import measure_sensitivity
 from slimtron_quant.mixed.sensitivity import SENSITIVITY_NAME
-from slimtron_quant.quantizer import Quantizer, calibration_loop
+from slimtron_quant.quantizer import Quantizer
 from slimtron_quant.summary import LayerSummary
 
 __all__ = ["run"]
@@ -62,10 +62,11 @@ def run(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> Compari
         work = WorkDir(config.output, plan.identity, context, resume=resume)
         if done is None:
             job = _Job(plan, context, work)
-            job.measure_original()
-            job.assign()
-            job.quantize()
-            job.verify()
+            with quick_collection() if config.layerwise else nullcontext():
+                job.measure_original()
+                job.assign()
+                job.quantize()
+                job.verify()
             done = job.comparison()
             if context.is_main:
                 job.publish(done, overwrite=overwrite)
@@ -81,7 +82,7 @@ class _Job:
         self.config = plan.config
         self.context = context
         self.work = work
-        self._model: nn.Module | None = None
+        self._model = JobModel(plan, context, work)
         self._quantization = plan.config.quantization
         self._assignment: Assignment | None = None
         micro_batch_size = self.config.evaluation.micro_batch_size
@@ -94,7 +95,7 @@ class _Job:
         if self.work.has("original"):
             return
         with stage("original: evaluate"), self.work.stage("original") as output:
-            evaluation = self._evaluate(self._original(), record=output.directory)
+            evaluation = self._evaluate("original", self._model.original, record=output.directory)
             output.result = evaluation.to_dict()
 
     def assign(self) -> None:
@@ -102,71 +103,66 @@ class _Job:
         mixed = self.plan.mixed
         if mixed is None:
             return
+        text = self._model.calibration_text()
         sensitivity = mixed.saved or measure_sensitivity(
             mixed,
             self.context,
             self.work,
-            load=self._fresh,
-            calibrate=self._forward_loop(),
+            load=self._model.fresh,
+            calibrate=text and text(None),
             micro_batch_size=self.config.quantization.calibration_batch_size,
             vocab_size=self.plan.checkpoint.architecture.vocab_size,
         )
         if mixed.saved is None:
             # It carries the last candidate's quantizers.
-            self._release()
+            self._model.release()
         self._assignment = mixed.assign(sensitivity)
         self._quantization = self._assignment.quantization
 
     def quantize(self) -> None:
-        """Stages ``calibration``, ``quantized`` and ``export``: the model in memory."""
+        """Stages ``calibration``, ``quantized`` and ``export``."""
         if self.work.has("export"):
             return
-        quantizer, model = Quantizer(self._quantization), self._original()
-        if self.work.has("calibration"):
-            quantizer.restore(model, self.work.directory("calibration"), self.context)
-        else:
-            with stage("calibration"), self.work.stage("calibration") as output:
-                quantizer.quantize(model, self._forward_loop())
-                save_calibration(output.directory, model, self.context)
-                output.result = {
-                    "layers": [layer.to_dict() for layer in quantizer.layers],
-                    "mended": [dataclasses.asdict(item) for item in quantizer.mended],
-                    "experts": [layer.to_dict() for layer in quantizer.experts],
-                }
-        architecture = self.plan.checkpoint.architecture
-        dtype = getattr(torch, self.config.export.torch_dtype)
-        # What is measured in memory is what will be written.
-        kind = self.config.export.export_format
-        prepare_for_export(model, architecture, dtype=dtype, packs=kind == "hf")
+        self._calibrate()
         if not self.work.has("quantized"):
             with stage("quantized: evaluate"), self.work.stage("quantized") as output:
                 references = {"original": self.work.directory("original")}
-                evaluation = self._evaluate(model, references, record=output.directory)
+                evaluation = self._evaluate(
+                    "quantized", self._quantized, references, record=output.directory
+                )
                 output.result = evaluation.to_dict()
         with stage("export"), self.work.stage("export") as output:
             write_export(
-                kind,
+                self.config.export.export_format,
                 output.directory,
-                model,
-                architecture,
+                self._model.whole("quantized", self._quantized),
+                self.plan.checkpoint.architecture,
                 self.context,
-                dtype=dtype,
+                dtype=getattr(torch, self.config.export.torch_dtype),
                 companions=self.plan.checkpoint.companion_files(),
             )
-        self._release()
+        self._model.release()
 
     def verify(self) -> None:
         """Stage ``exported``: the files, read back; those for engines without ModelOpt."""
         if self.work.has("exported"):
             return
-        self._release()
+        self._model.release()
+        exported = self._export()
+
+        def build(layer: int | None) -> Any:
+            if layer is None:
+                return exported.build(self.context, dtype=self.plan.dtype)
+            self._model.release()
+            assert isinstance(exported, ExportedModel), "the only format that is written by layers"
+            return exported.build(self.context, dtype=self.plan.dtype, layer=layer)
+
         with stage("export: reload and evaluate"), self.work.stage("exported") as output:
-            model = self._export().build(self.context, dtype=self.plan.dtype)
             references = {
                 "original": self.work.directory("original"),
                 "memory": self.work.directory("quantized"),
             }
-            evaluation = self._evaluate(model, references)
+            evaluation = self._evaluate("exported", build, references)
             check_agreement(
                 Evaluation.from_dict(self.work.result("quantized")),
                 evaluation,
@@ -176,16 +172,22 @@ class _Job:
 
     def comparison(self) -> Comparison:
         """Reads every stage's outcome into one comparison."""
-        calibration = self.work.result("calibration")
+        calibrations = [
+            self.work.result(self._model.calibration(layer)) for layer in self._model.layers
+        ]
         return compare(
             self.plan,
             {
                 name: Evaluation.from_dict(self.work.result(name))
                 for name in ("original", "quantized", "exported")
             },
-            layers=[LayerSummary(**layer) for layer in calibration["layers"]],
-            mended=calibration["mended"],
-            experts=[ExpertTokens.from_dict(layer) for layer in calibration["experts"]],
+            layers=[LayerSummary(**layer) for found in calibrations for layer in found["layers"]],
+            mended=[item for found in calibrations for item in found["mended"]],
+            experts=[
+                ExpertTokens.from_dict(layer)
+                for found in calibrations
+                for layer in found["experts"]
+            ],
             exported=self._export(),
             assignment=self._assignment,
         )
@@ -206,49 +208,40 @@ class _Job:
             overwrite=overwrite,
         )
 
-    def _original(self) -> nn.Module:
-        if self._model is None:
-            with stage("load the model"):
-                checkpoint = self.plan.checkpoint
-                self._model = build_model(
-                    checkpoint.architecture,
-                    self.context,
-                    dtype=self.plan.dtype,
-                    layer_spec=self.config.layer_spec,
-                )
-                checkpoint.load(self._model, self.context)
-        return self._model
+    def _calibrate(self) -> None:
+        """Stage ``calibration``, or one for each layer."""
+        text = self._model.calibration_text()
+        for layer in self._model.layers:
+            key = self._model.calibration(layer)
+            if self.work.has(key):
+                continue
+            with stage(key), self.work.stage(key) as output:
+                quantizer = Quantizer(self._quantization)
+                model = quantizer.quantize(self._model.original(layer), text and text(layer))
+                save_calibration(output.directory, model, self.context)
+                # Before the next one loads.
+                del model
+                output.result = {
+                    "layers": [layer.to_dict() for layer in quantizer.layers],
+                    "mended": [dataclasses.asdict(item) for item in quantizer.mended],
+                    "experts": [layer.to_dict() for layer in quantizer.experts],
+                }
 
-    def _fresh(self) -> nn.Module:
-        self._release()
-        return self._original()
+    def _quantized(self, layer: int | None) -> Any:
+        return self._model.quantized(self._quantization, layer)
 
     def _export(self) -> Export:
         return open_export(self.work.directory("export"), layer_spec=self.config.layer_spec)
 
-    def _release(self) -> None:
-        self._model = None
-        gc.collect()
-        torch.cuda.empty_cache()
-
-    def _forward_loop(self) -> ForwardLoop | None:
-        if self.plan.calibration is None:
-            return None
-        batches = self.plan.calibration.batches(
-            self.config.quantization.calibration_batch_size,
-            self.context.dp_rank,
-            self.context.dp_size,
-        )
-        return calibration_loop(batches, self.context)
-
     def _evaluate(
         self,
-        model: nn.Module,
+        name: str,
+        load: Callable[[int | None], Any],
         references: Mapping[str, Path] = MappingProxyType({}),
         record: Path | None = None,
     ) -> Evaluation:
         return evaluate(
-            model,
+            self._model.whole(name, load),
             self._evaluation,
             self.context,
             vocab_size=self.plan.checkpoint.architecture.vocab_size,
