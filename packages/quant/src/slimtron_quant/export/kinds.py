@@ -96,8 +96,9 @@ def write_export(
         write_huggingface(
             directory, model, architecture, context, dtype=dtype, companions=companions
         )
-    elif kind == "megatron":
-        assert not isinstance(model, LayeredModel), "is written from a whole model"
+        return
+    assert not isinstance(model, LayeredModel), "is written from a whole model"
+    if kind == "megatron":
         write_megatron(
             directory, model, architecture, context, dtype=dtype, companions=list(companions)
         )
