@@ -7,7 +7,7 @@ import datetime
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from slimtron_common.backend.cpu import cpu_backend
 from slimtron_common.errors import ConfigError, ParallelismError
 from slimtron_common.parallel.config import ParallelConfig
+from slimtron_common.parallel.lifeline import lifeline
 
 __all__ = ["Device", "ParallelContext", "initialize_parallel", "resolve_device"]
 
@@ -157,8 +158,8 @@ class ParallelContext:
     def __enter__(self) -> ParallelContext:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
+    def __exit__(self, *error: Any) -> None:
+        self._teardown.__exit__(*error)
 
 
 def initialize_parallel(
@@ -205,8 +206,7 @@ def initialize_parallel(
         if device == "cpu":
             stack.enter_context(cpu_backend())
         if not dist.is_initialized():
-            _init_process_group(device, timeout_minutes)
-            stack.callback(dist.destroy_process_group)
+            _init_process_group(stack, device, timeout_minutes)
         check_world_size(config, dist.get_world_size())
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor_parallel_size,
@@ -303,7 +303,7 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
-def _init_process_group(device: str, timeout_minutes: float) -> None:
+def _init_process_group(stack: contextlib.ExitStack, device: str, timeout_minutes: float) -> None:
     environment = os.environ
     if _SLURM_TASKS in environment:
         # srun starts one task a process; give torch the names it reads.
@@ -337,6 +337,7 @@ def _init_process_group(device: str, timeout_minutes: float) -> None:
         dist.init_process_group(
             backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=device_id
         )
+        stack.callback(dist.destroy_process_group)
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
@@ -347,4 +348,16 @@ def _init_process_group(device: str, timeout_minutes: float) -> None:
             found=world_size,
             hint="start the job with torchrun, or export MASTER_ADDR and MASTER_PORT under Slurm",
         )
-    dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    # torch exports it without listing it.
+    rendezvous = dist.rendezvous("env://", timeout=timeout)  # type: ignore[attr-defined]
+    store, rank, world_size = next(rendezvous)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device_id,
+    )
+    stack.callback(dist.destroy_process_group)
+    stack.enter_context(lifeline(store, rank, world_size))
