@@ -213,7 +213,7 @@ def test_memory_that_is_too_small_is_refused_first(
 
 @pytest.mark.parametrize(
     ("source_spec", "target_spec", "where"),
-    [("source", "hf:out", "SRC"), ("hf:source", "out", "DST"), ("hf:source", "nemo2:out", "DST")],
+    [("source", "hf:out", "SRC"), ("hf:source", "out", "DST"), ("hf:source", "nemo:out", "DST")],
 )
 def test_malformed_arguments_are_named(source_spec: str, target_spec: str, where: str) -> None:
     with pytest.raises(ConfigError, match="kind") as caught:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from slimtron_common.checkpoint.huggingface import write_huggingface
 from slimtron_common.checkpoint.megatron import WEIGHTS_DIR, write_megatron

@@ -155,9 +155,7 @@ def write_nemo2(
     """
     weights = directory / WEIGHTS_DIR
     objects = _empty_states(model, architecture, context)
-    written = write_weights(
-        weights, model, context, dtype=dtype, prefix=WRAPPER, objects=objects
-    )
+    written = write_weights(weights, model, context, dtype=dtype, prefix=WRAPPER, objects=objects)
     if context.is_main:
         # Beside the optimizer's, there is no state that NeMo would need.
         save_common_state({}, weights)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ import pytest
 import torch
 
 from slimtron_common.checkpoint import open_checkpoint
+from slimtron_common.conversion import convert, plan_conversion
 from slimtron_common.errors import CheckpointError, SlimtronError, UnsupportedModelError
 from slimtron_common.inspection import inspect_checkpoint
+from slimtron_common.manifest import verify_manifest
 from slimtron_common.models.megatron import build_model
+from slimtron_common.models.nemo_classes import nemo_model
 from slimtron_common.parallel import ParallelContext, forward_only
+from slimtron_common.testing import write_tiny_model
 
 DATA = Path(__file__).parents[2] / "data" / "nemo2"
 
@@ -72,6 +77,10 @@ def test_what_it_is() -> None:
     ("before", "after", "found"),
     [
         ("model.llama.LlamaModel", "model.gemma2.Gemma2Model", "gemma2.Gemma2Model"),
+        ("model.llama.LlamaModel", "model.gemma3.Gemma3Model", "gemma3.Gemma3Model"),
+        ("model.llama.LlamaModel", "model.starcoder2.Starcoder2Model", "starcoder2.Starcoder2"),
+        ("model.llama.LlamaModel", "model.phi3mini.Phi3Model", "phi3mini.Phi3Model"),
+        ("model.llama.LlamaModel", "model.ssm.MambaModel", "ssm.MambaModel"),
         ("nemo.collections.llm.gpt.model.llama.LlamaModel", "os.system", "os.system"),
         ("add_bias_linear: false", "add_bias_linear: true", "add_bias_linear True"),
         ("softmax_scale: null", "softmax_scale: 0.5", "softmax_scale 0.5"),
@@ -117,6 +126,77 @@ def test_pickles_of_the_context_are_never_opened(
     with contextlib.suppress(SlimtronError):
         checkpoint.load(model, context)
     assert not trap.exists()
+
+
+def resolved(value: Any, objects: dict[str, Any]) -> Any:
+    """A part of an ``io.json`` with what it refers to in its place."""
+    if isinstance(value, dict):
+        if value.get("type") == "ref":
+            return resolved(objects[value["key"]], objects)
+        return {k: resolved(v, objects) for k, v in value.items() if k != "paths"}
+    return [resolved(item, objects) for item in value] if isinstance(value, list) else value
+
+
+def part(directory: Path, path: str) -> Any:
+    described = json.loads((directory / "context" / "io.json").read_text())
+    assert described.keys() == {"root", "objects", "refcounts", "version"}
+    objects = described["objects"]
+    (found,) = [o for o in objects.values() if path in (o.get("paths") or ())]
+    return resolved(found, objects)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "nemotron", "mistral", "qwen3_moe"])
+def test_what_is_written_is_what_nemo_writes(family: str, tmp_path: Path) -> None:
+    more: dict[str, Any] = {}
+    if family == "llama":
+        more["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    if family == "mistral":
+        more = {"sliding_window": 8, "vocab_size": 320}
+    original = write_tiny_model(tmp_path / "hf", family, num_hidden_layers=2, **more)
+    written = tmp_path / "nemo"
+    done = convert(plan_conversion(f"hf:{original}", f"nemo2:{written}", device="cpu"))
+    assert done.difference == 0
+    source, again = open_checkpoint(f"hf:{original}"), open_checkpoint(f"nemo2:{written}")
+    plain = {"hf_extras": {}}
+    assert replace(again.architecture, **plain) == replace(source.architecture, **plain)
+    assert len(again.tokenizer()) == 300
+    verify_manifest(written)
+    # No pickle but the state that NeMo asks for, which is empty.
+    assert torch.load(written / "weights" / "common.pt", weights_only=True) == {}
+    assert {path.name for path in (written / "context").iterdir()} == {
+        "io.json",
+        "model.yaml",
+        "nemo_tokenizer",
+    }
+    nemos = (DATA / "whole" / "weights" / "metadata.json").read_text()
+    assert json.loads((written / "weights" / "metadata.json").read_text()) == json.loads(nemos)
+    index = (written / "weights" / ".metadata").read_bytes()
+    assert b"module.decoder.layers.self_attention.core_attention._extra_state/shard_1_2" in index
+
+    tokenizer = part(written, "<root>.model.tokenizer")
+    (name,) = tokenizer["items"]
+    assert name[1]["value"] == "nemo_tokenizer"
+    name[1]["value"] = "hf"
+    assert tokenizer == part(DATA / "whole", "<root>.model.tokenizer")
+    config = dict(part(written, "<root>.model.config")["items"])
+    # NeMo pads the tokenizer's vocabulary, and keeps one that has other rows.
+    rows = {"mistral": 320}.get(family)
+    assert config["Attr(name='vocab_size')"]["value"] == rows
+    if family == "mistral":
+        window = config["Attr(name='window_size')"]
+        assert window["type"] == {"type": "pyref", "module": "builtins", "name": "tuple"}
+
+
+def test_a_model_that_nemos_class_cannot_compute(tmp_path: Path) -> None:
+    scaled = replace(open_checkpoint(f"nemo2:{DATA / 'whole'}").architecture, family="qwen2")
+    with pytest.raises(UnsupportedModelError, match="only Llamas scale RoPE"):
+        nemo_model(replace(scaled, rotary_scaling_factor=8.0), tokenizer=None, vocab_size=None)
 
 
 def test_without_weights_or_tokenizer(copy: Path) -> None:
