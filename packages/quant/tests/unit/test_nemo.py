@@ -72,6 +72,7 @@ def test_what_nemos_modelopt_could_not_read_is_refused(
 def test_a_job_for_nemo(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
     out = tmp_path / "job"
     assert main(arguments("run", "--export-format", "nemo", "--export-dtype", "32", out=out)) == 0
+    assert main(["verify", str(out), "--eval-tokens", "64", "--eval-seq-len", "32"]) == 0
     with nemo_on_cpu():
         model, _ = open_in_nemo(out)
         before, after = train_step(model)

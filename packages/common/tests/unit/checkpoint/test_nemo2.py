@@ -70,7 +70,8 @@ def test_what_it_is() -> None:
     assert {path.name for path in checkpoint.companion_files()} >= {"tokenizer.json"}
     # 384 rows are stored, twice.
     assert checkpoint.weight_bytes == 4 * (checkpoint.num_parameters + 2 * 84 * 32)
-    assert inspect_checkpoint(f"nemo2:{DATA / 'whole'}").kind == "nemo2"
+    inspection = inspect_checkpoint(f"nemo2:{DATA / 'whole'}")
+    assert (inspection.kind, inspection.tokenizer) == ("nemo2", True)
 
 
 @pytest.mark.parametrize(
