@@ -172,8 +172,9 @@ def write_nemo2(
 
 def _describe(architecture: Architecture, directory: Path, companions: list[Path]) -> None:
     tokenizer, vocab_size = directory / _TOKENIZER, architecture.vocab_size
-    tokenizer.mkdir()
-    copy_files(companions, tokenizer)
+    if companions:
+        tokenizer.mkdir()
+        copy_files(companions, tokenizer)
     is_complete = has_tokenizer(tokenizer)
     # Without its own, NeMo takes the tokenizer's and pads it as its tensor parallelism asks for.
     own = None if is_complete and len(load_tokenizer(tokenizer)) == vocab_size else vocab_size

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from slimtron_common.checkpoint import open_checkpoint
-from slimtron_common.conversion import convert, plan_conversion
+from slimtron_common.checkpoint.nemo2 import save_nemo2
 from slimtron_common.errors import CheckpointError, SlimtronError, UnsupportedModelError
 from slimtron_common.inspection import inspect_checkpoint
 from slimtron_common.manifest import verify_manifest
@@ -147,9 +147,12 @@ def part(directory: Path, path: str) -> Any:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "nemotron", "mistral", "qwen3_moe"])
-def test_what_is_written_is_what_nemo_writes(family: str, tmp_path: Path) -> None:
+def test_what_is_written_is_what_nemo_writes(
+    family: str, tmp_path: Path, context: ParallelContext
+) -> None:
     more: dict[str, Any] = {}
     if family == "llama":
+        more["max_position_embeddings"] = 16384
         more["rope_scaling"] = {
             "rope_type": "llama3",
             "factor": 8.0,
@@ -158,40 +161,47 @@ def test_what_is_written_is_what_nemo_writes(family: str, tmp_path: Path) -> Non
             "original_max_position_embeddings": 8192,
         }
     if family == "mistral":
-        more = {"sliding_window": 8, "vocab_size": 320}
-    original = write_tiny_model(tmp_path / "hf", family, num_hidden_layers=2, **more)
-    written = tmp_path / "nemo"
-    done = convert(plan_conversion(f"hf:{original}", f"nemo2:{written}", device="cpu"))
-    assert done.difference == 0
-    source, again = open_checkpoint(f"hf:{original}"), open_checkpoint(f"nemo2:{written}")
+        more = {"sliding_window": 8}
+    write_tiny_model(tmp_path / "hf", family, num_hidden_layers=2, **more)
+    source, written = open_checkpoint(f"hf:{tmp_path / 'hf'}"), tmp_path / "nemo"
+    model = build_model(source.architecture, context, dtype=torch.float32)
+    source.load(model, context)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    # One of them without its tokenizer.
+    companions = [] if family == "mistral" else source.companion_files()
+    save_nemo2(written, model, source.architecture, context, companions=companions)
+    again = open_checkpoint(f"nemo2:{written}")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    again.load(model, context)
+    torch.testing.assert_close(dict(model.named_parameters()), before, rtol=0, atol=0)
     plain = {"hf_extras": {}}
     assert replace(again.architecture, **plain) == replace(source.architecture, **plain)
-    assert len(again.tokenizer()) == 300
     verify_manifest(written)
     # No pickle but the state that NeMo asks for, which is empty.
     assert torch.load(written / "weights" / "common.pt", weights_only=True) == {}
-    assert {path.name for path in (written / "context").iterdir()} == {
-        "io.json",
-        "model.yaml",
-        "nemo_tokenizer",
-    }
+    names = {"io.json", "model.yaml", *(["nemo_tokenizer"] if companions else [])}
+    assert {path.name for path in (written / "context").iterdir()} == names
     nemos = (DATA / "whole" / "weights" / "metadata.json").read_text()
     assert json.loads((written / "weights" / "metadata.json").read_text()) == json.loads(nemos)
     index = (written / "weights" / ".metadata").read_bytes()
     assert b"module.decoder.layers.self_attention.core_attention._extra_state/shard_1_2" in index
 
+    config = dict(part(written, "<root>.model.config")["items"])
+    if not companions:
+        assert config["Attr(name='vocab_size')"]["value"] == 300
+        window = config["Attr(name='window_size')"]
+        assert window["type"] == {"type": "pyref", "module": "builtins", "name": "tuple"}
+        return
+    # NeMo pads the tokenizer's.
+    assert config["Attr(name='vocab_size')"]["value"] is None
+    assert len(again.tokenizer()) == 300
     tokenizer = part(written, "<root>.model.tokenizer")
     (name,) = tokenizer["items"]
     assert name[1]["value"] == "nemo_tokenizer"
     name[1]["value"] = "hf"
     assert tokenizer == part(DATA / "whole", "<root>.model.tokenizer")
-    config = dict(part(written, "<root>.model.config")["items"])
-    # NeMo pads the tokenizer's vocabulary, and keeps one that has other rows.
-    rows = {"mistral": 320}.get(family)
-    assert config["Attr(name='vocab_size')"]["value"] == rows
-    if family == "mistral":
-        window = config["Attr(name='window_size')"]
-        assert window["type"] == {"type": "pyref", "module": "builtins", "name": "tuple"}
 
 
 def test_a_model_that_nemos_class_cannot_compute(tmp_path: Path) -> None:
