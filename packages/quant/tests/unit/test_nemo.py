@@ -12,6 +12,7 @@ import torch
 from slimtron_common.checkpoint import open_checkpoint
 from slimtron_common.conversion import convert, plan_conversion
 from slimtron_common.integrations.modelopt import takes_mappings
+from slimtron_common.integrations.nemo import describe_with_nemo
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import (
     ParallelContext,
@@ -74,9 +75,15 @@ def test_a_job_for_nemo(arguments: Callable[..., list[str]], tmp_path: Path) -> 
     assert main(arguments("run", "--export-format", "nemo", "--export-dtype", "32", out=out)) == 0
     assert main(["verify", str(out), "--eval-tokens", "64", "--eval-seq-len", "32"]) == 0
     with nemo_on_cpu():
-        model, _ = open_in_nemo(out)
+        model, trainer = open_in_nemo(out)
         before, after = train_step(model)
         assert after < before
+        # As NeMo's own script writes it.
+        trainer.strategy.trainer = trainer
+        trainer.save_checkpoint(tmp_path / "trained")
+        describe_with_nemo(trainer)(tmp_path / "trained" / "context")
+    served = ["export", f"nemo2:{tmp_path / 'trained'}", "--out", str(tmp_path / "served")]
+    assert main([*served, "--eval-tokens", "64", "--eval-seq-len", "32", "--device", "cpu"]) == 0
 
 
 @nemo_test
