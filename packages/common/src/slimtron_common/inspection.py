@@ -97,9 +97,11 @@ def inspect_checkpoint(spec: str) -> Inspection:
         architecture = architecture_from_config(config, source=str(path / CONFIG_NAME))
         tensors = SafetensorsDirectory(path)
         weight_bytes, dtypes = tensors.weight_bytes, _count_types(tensors)
+        tokenizer_path = path
     else:
         checkpoint = open_checkpoint(spec, where="KIND:DIR")
         architecture, weight_bytes = checkpoint.architecture, checkpoint.weight_bytes
+        tokenizer_path = checkpoint.tokenizer_path
         dtypes = (
             _count_types(checkpoint.tensors)
             if isinstance(checkpoint, HuggingFaceCheckpoint)
@@ -113,7 +115,7 @@ def inspect_checkpoint(spec: str) -> Inspection:
         weight_bytes=weight_bytes,
         dtypes=dtypes,
         quantization=quantization,
-        tokenizer=has_tokenizer(path),
+        tokenizer=has_tokenizer(tokenizer_path),
         tensor_parallel_sizes=architecture.tensor_parallel_sizes,
         pipeline_parallel_sizes=architecture.pipeline_parallel_sizes,
         expert_parallel_sizes=architecture.expert_parallel_sizes,

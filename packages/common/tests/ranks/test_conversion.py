@@ -41,9 +41,10 @@ def test_there_and_back_in_another_layout(
         tmp_path / "original", "qwen2", tie_word_embeddings=tied, vocab_size=299, tokenizer=False
     )
     there, back = tmp_path / "there", tmp_path / "back"
+    kind = "nemo2" if tied else "megatron"
     for layout, source, target in (
-        (layouts[0], f"hf:{original}", f"megatron:{there}"),
-        (layouts[1], f"megatron:{there}", f"hf:{back}"),
+        (layouts[0], f"hf:{original}", f"{kind}:{there}"),
+        (layouts[1], f"{kind}:{there}", f"hf:{back}"),
     ):
         first, *others = run_ranks(_convert, layout.model_parallel_size, source, target, layout)
         assert all(other == first for other in others), "the same on every process"
@@ -62,7 +63,7 @@ def test_there_and_back_in_another_layout(
 def _share_experts_out(rank: int, world_size: int, folder: Path) -> list[float]:
     source, there, back = (
         f"hf:{folder / 'original'}",
-        f"megatron:{folder / 'there'}",
+        f"nemo2:{folder / 'there'}",
         folder / "back",
     )
     assert main(["convert", source, there, "--ep", "2", "--device", "cpu"]) == 0

@@ -87,7 +87,7 @@ def test_rounding_is_measured(dtype: str, tiny: Path, tmp_path: Path) -> None:
 def test_files_that_compute_something_else_are_not_kept(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = conversion.write_huggingface
+    write = conversion.WRITERS["hf"]
 
     def write_wrongly(directory: Path, *args: Any, **kwargs: Any) -> None:
         write(directory, *args, **kwargs)
@@ -95,7 +95,7 @@ def test_files_that_compute_something_else_are_not_kept(
         tensors["model.layers.3.mlp.down_proj.weight"][0, 0] += 1
         save_file(tensors, directory / "model.safetensors")
 
-    monkeypatch.setattr(conversion, "write_huggingface", write_wrongly)
+    monkeypatch.setitem(conversion.WRITERS, "hf", write_wrongly)
     target = tmp_path / "out"
     target.mkdir()
     (target / "slimtron.json").touch()
@@ -213,7 +213,7 @@ def test_memory_that_is_too_small_is_refused_first(
 
 @pytest.mark.parametrize(
     ("source_spec", "target_spec", "where"),
-    [("source", "hf:out", "SRC"), ("hf:source", "out", "DST"), ("hf:source", "nemo2:out", "DST")],
+    [("source", "hf:out", "SRC"), ("hf:source", "out", "DST"), ("hf:source", "nemo:out", "DST")],
 )
 def test_malformed_arguments_are_named(source_spec: str, target_spec: str, where: str) -> None:
     with pytest.raises(ConfigError, match="kind") as caught:

@@ -28,7 +28,7 @@ def shared_vocab_size(student: Checkpoint, teacher: Checkpoint) -> int:
         CheckpointError: A tokenizer cannot be read.
     """
     sizes = student.architecture.vocab_size, teacher.architecture.vocab_size
-    if not (has_tokenizer(student.path) and has_tokenizer(teacher.path)):
+    if not all(has_tokenizer(model.tokenizer_path) for model in (student, teacher)):
         if sizes[0] != sizes[1]:
             raise ConfigError(
                 "student and teacher differ in vocabulary",

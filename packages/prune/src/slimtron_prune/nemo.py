@@ -74,6 +74,6 @@ def record_sizes(model: Any, config: Any) -> None:
         model: NeMo's model or its ``MegatronParallel``; others are left alone.
         config: The pruned model's.
     """
-    recorded = getattr(model, "__io__", None)
-    for name in _SIZES if recorded is not None else ():
-        setattr(recorded.config, name, getattr(config, name))
+    if hasattr(model, "__io__"):
+        for name in _SIZES:
+            setattr(model.__io__.config, name, getattr(config, name))

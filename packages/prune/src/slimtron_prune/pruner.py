@@ -28,7 +28,6 @@ from slimtron_prune.targets import target_architecture
 __all__ = ["prune_language_model", "save_pruned_model"]
 
 
-
 def prune_language_model(
     model: Any,
     pruning_config: PruningConfig,

@@ -15,8 +15,14 @@ from slimtron_common.errors import ConfigError
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import ParallelContext, forward_only, initialize_parallel
 from slimtron_common.testing import write_tiny_model
-from slimtron_common.testing.nemo import nemo_on_cpu, nemo_test, open_in_nemo
+from slimtron_common.testing.nemo import (
+    nemo_on_cpu,
+    nemo_test,
+    open_in_nemo,
+    train_step,
+)
 from slimtron_prune import PruningConfig, prune_language_model, save_pruned_model
+from slimtron_prune.__main__ import main
 
 WIDTH = PruningConfig(64, 48, 2, 2, target_num_layers=3)
 
@@ -68,13 +74,22 @@ def plain(checkpoint: Path, context: ParallelContext) -> Any:
     return model
 
 
+def test_a_job_writes_for_nemo(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["run", "--model", f"nemo2:{checkpoint}", "--out", str(out), "--drop-layers", "2",
+                 "--export-format", "nemo", "--data", "pydoc", "--eval-tokens", "64",
+                 "--eval-seq-len", "32", "--device", "cpu"]) == 0  # fmt: skip
+    assert main(["verify", str(out)]) == 0
+    assert open_checkpoint(f"nemo2:{out}").architecture.num_layers == 3
+
+
 @nemo_test
 @pytest.mark.parametrize("config", [WIDTH, PruningConfig(drop_layers=[2])], ids=["width", "drop"])
 def test_nemos_objects(config: PruningConfig, checkpoint: Path, tmp_path: Path) -> None:
     with nemo_on_cpu():
         model, trainer = open_in_nemo(checkpoint, limit_val_batches=3, max_steps=3)
         data = mock_data()
-        before = dict(vars(data))
+        untouched = dict(vars(data))
         if config.drop_layers is None:
             with pytest.raises(ConfigError, match="trainer"):
                 prune_language_model(model, config, data)
@@ -82,7 +97,7 @@ def test_nemos_objects(config: PruningConfig, checkpoint: Path, tmp_path: Path) 
         else:
             assert prune_language_model(model, config) is model
         # NeMo's function rebinds val_dataloader for good.
-        assert vars(data) == before
+        assert vars(data) == untouched
         context = ParallelContext.from_megatron(device=torch.device("cpu"))
         other = plain(checkpoint, context)
         prune_language_model(other, config, read_batches(mock_data(), 3))
@@ -99,6 +114,8 @@ def test_nemos_objects(config: PruningConfig, checkpoint: Path, tmp_path: Path) 
             assert type(again) is type(model)
             assert again.config.hidden_size == model.config.hidden_size
             torch.testing.assert_close(logits(again, context), found, rtol=0, atol=1e-5)
+            before, after = train_step(again)
+            assert after < before
     with initialize_parallel(device="cpu") as context:
         torch.testing.assert_close(
             logits(plain(tmp_path / "pruned", context), context), found, rtol=0, atol=1e-5

@@ -19,13 +19,6 @@ from slimtron_quant.recipes.table import is_file
 __all__ = ["ExportConfig", "QuantizationConfig"]
 
 _EXPORT_FORMATS = ("hf", "megatron", "nemo", "trtllm")
-_OTHER_WRITERS = {
-    "trtllm": (
-        "TensorRT-LLM's own checkpoints are for its old engine builder",
-        "TensorRT-LLM loads hf directories, as vLLM and SGLang do",
-    ),
-}
-"""Formats of NeMo's that are refused, with what to write instead."""
 _DTYPES = {
     "bf16": "bfloat16",
     "16": "float16",
@@ -185,14 +178,13 @@ class ExportConfig:
         _check("path", self.path, bool(str(self.path)), "a directory to write")
         object.__setattr__(self, "path", Path(self.path))
         _check_choice("export_format", self.export_format, _EXPORT_FORMATS)
-        if self.export_format in _OTHER_WRITERS:
-            reason, hint = _OTHER_WRITERS[self.export_format]
+        if self.export_format == "trtllm":
             raise ConfigError(
-                reason,
+                "TensorRT-LLM's own checkpoints are for its old engine builder",
                 where="export_format",
                 found=self.export_format,
                 allowed="hf, megatron, nemo",
-                hint=hint,
+                hint="TensorRT-LLM loads hf directories, as vLLM and SGLang do",
             )
         _check_choice("dtype", str(self.dtype), tuple(_DTYPES))
         if self.generate_sample:

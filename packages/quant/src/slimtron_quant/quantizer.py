@@ -44,7 +44,7 @@ from slimtron_quant.calibration.state import restore_calibration
 from slimtron_quant.config import ExportConfig, QuantizationConfig
 from slimtron_quant.errors import CalibrationError
 from slimtron_quant.export.kinds import write_export
-from slimtron_quant.export.nemo import check_nemo_opens_quantizers
+from slimtron_quant.nemo import check_nemo_opens_quantizers
 from slimtron_quant.recipes import Scheme, quantization_scheme
 from slimtron_quant.summary import (
     LayerSummary,
@@ -159,8 +159,8 @@ class Quantizer:
             model: What ``quantize`` returned.
             model_dir: The directory of the original model, of any kind: its config and tokenizer
                 go along.
-            trainer: NeMo's; with it a checkpoint in ``nemo`` tells all that NeMo knows of the model,
-                without it what the original's architecture does.
+            trainer: NeMo's; with it a checkpoint in ``nemo`` tells all that NeMo knows of the
+                model, without it what the original's architecture does.
 
         Returns:
             The directory.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 from slimtron_common.checkpoint import open_checkpoint
 from slimtron_common.conversion import convert, plan_conversion
+from slimtron_common.integrations.modelopt import takes_mappings
+from slimtron_common.integrations.nemo import describe_with_nemo
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import (
     ParallelContext,
@@ -17,8 +20,14 @@ from slimtron_common.parallel import (
     initialize_parallel,
     unwrap_model,
 )
-from slimtron_common.testing.nemo import nemo_on_cpu, nemo_test, open_in_nemo
+from slimtron_common.testing.nemo import (
+    nemo_on_cpu,
+    nemo_test,
+    open_in_nemo,
+    train_step,
+)
 from slimtron_quant import ExportConfig, QuantizationConfig, Quantizer
+from slimtron_quant.__main__ import main
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +61,31 @@ def logits(model: Any, context: ParallelContext) -> torch.Tensor:
     return found[0]
 
 
+@pytest.mark.skipif(takes_mappings(), reason="ModelOpt is of NeMo's generation")
+def test_what_nemos_modelopt_could_not_read_is_refused(
+    arguments: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments("plan", "--export-format", "nemo")) == 2
+    assert "older than the one here" in capsys.readouterr().err
+
+
+@nemo_test
+def test_a_job_for_nemo(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    out = tmp_path / "job"
+    assert main(arguments("run", "--export-format", "nemo", "--export-dtype", "32", out=out)) == 0
+    assert main(["verify", str(out), "--eval-tokens", "64", "--eval-seq-len", "32"]) == 0
+    with nemo_on_cpu():
+        model, trainer = open_in_nemo(out)
+        before, after = train_step(model)
+        assert after < before
+        # As NeMo's own script writes it.
+        trainer.strategy.trainer = trainer
+        trainer.save_checkpoint(tmp_path / "trained")
+        describe_with_nemo(trainer)(tmp_path / "trained" / "context")
+    served = ["export", f"nemo2:{tmp_path / 'trained'}", "--out", str(tmp_path / "served")]
+    assert main([*served, "--eval-tokens", "64", "--eval-seq-len", "32", "--device", "cpu"]) == 0
+
+
 @nemo_test
 @pytest.mark.parametrize("recipe", ["fp8", "int8_sq", "int4_awq"])
 def test_nemos_megatron_parallel(recipe: str, checkpoint: Path, tmp_path: Path) -> None:
@@ -83,6 +117,8 @@ def test_nemos_megatron_parallel(recipe: str, checkpoint: Path, tmp_path: Path) 
             again, trainer = open_in_nemo(path)
             torch.testing.assert_close(scales(again), expected, rtol=1e-5, atol=0)
             torch.testing.assert_close(logits(again, context), found, rtol=0, atol=1e-4)
+            before, after = train_step(again)
+            assert after < before
     opened = open_checkpoint(f"nemo2:{tmp_path / 'out'}")
     assert opened.is_quantized
     with initialize_parallel(device="cpu") as context:

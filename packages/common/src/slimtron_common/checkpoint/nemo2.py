@@ -155,9 +155,7 @@ def write_nemo2(
     """
     weights = directory / WEIGHTS_DIR
     objects = _empty_states(model, architecture, context)
-    written = write_weights(
-        weights, model, context, dtype=dtype, prefix=WRAPPER, objects=objects
-    )
+    written = write_weights(weights, model, context, dtype=dtype, prefix=WRAPPER, objects=objects)
     if context.is_main:
         # Beside the optimizer's, there is no state that NeMo would need.
         save_common_state({}, weights)
@@ -174,8 +172,9 @@ def write_nemo2(
 
 def _describe(architecture: Architecture, directory: Path, companions: list[Path]) -> None:
     tokenizer, vocab_size = directory / _TOKENIZER, architecture.vocab_size
-    tokenizer.mkdir()
-    copy_files(companions, tokenizer)
+    if companions:
+        tokenizer.mkdir()
+        copy_files(companions, tokenizer)
     is_complete = has_tokenizer(tokenizer)
     # Without its own, NeMo takes the tokenizer's and pads it as its tensor parallelism asks for.
     own = None if is_complete and len(load_tokenizer(tokenizer)) == vocab_size else vocab_size

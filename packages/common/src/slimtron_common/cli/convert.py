@@ -20,7 +20,9 @@ Exit code: 0 done, 1 what was written is not the same model (nothing is kept), 2
 def register(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``convert``."""
     parser.add_argument("source", metavar="SRC", help="hf:DIR, megatron:DIR or nemo2:DIR")
-    parser.add_argument("target", metavar="DST", help="hf:DIR, megatron:DIR or nemo2:DIR, to be written")
+    parser.add_argument(
+        "target", metavar="DST", help="hf:DIR, megatron:DIR or nemo2:DIR, to be written"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 from slimtron_common.errors import CheckpointError, MissingDependencyError
@@ -46,6 +47,7 @@ STATE_DIR = "modelopt_state"
 
 _EXTRA = "_extra_state"
 _ZIP = b"PK"
+_SECOND_GENERATION = Version("0.44")
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -137,6 +139,7 @@ def restore_quantizers(model: nn.Module, weights: Path, prefix: str = "") -> Non
             hint="pip install nvidia-modelopt",
         ) from error
     state = torch.load(weights / STATE_DIR / COMMON_STATE, map_location="cpu", weights_only=True)
+    _check_generation(state, weights)
     with torch.no_grad():
         for parameter in model.parameters():
             # ModelOpt takes the scales' shapes from a calibration, which NaN would stop.
@@ -155,6 +158,21 @@ def restore_quantizers(model: nn.Module, weights: Path, prefix: str = "") -> Non
             where=weights / STATE_DIR,
             found=f"written by nvidia-modelopt {state.get('modelopt_version')}",
         ) from error
+
+
+def _check_generation(state: dict[str, Any], weights: Path) -> None:
+    """Refuses what only ModelOpt of the other generation opens: both name tensors their own way."""
+    import modelopt
+
+    written, installed = (Version(v) for v in (state["modelopt_version"], modelopt.__version__))
+    if (written < _SECOND_GENERATION) != (installed < _SECOND_GENERATION):
+        raise CheckpointError(
+            "the quantizers are of another generation of ModelOpt than the installed one",
+            where=weights / STATE_DIR,
+            found=f"written by nvidia-modelopt {written}, opened with {installed}",
+            allowed="both before 0.44, as NeMo 2's, or both from it on",
+            hint="`slimtron-quant export` writes it for inference engines where its ModelOpt is",
+        )
 
 
 @contextlib.contextmanager

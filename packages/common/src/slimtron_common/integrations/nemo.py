@@ -15,7 +15,7 @@ def is_trainer(holder: object) -> bool:
 
 
 def describe_with_nemo(trainer: Any) -> Callable[[Path], None]:
-    """Returns what writes a checkpoint's ``context``: all that NeMo knows of its trainer's model."""
+    """Returns what writes a ``context``: all that NeMo knows of its trainer's model."""
     from nemo.lightning.io.pl import TrainerContext
 
     def describe(directory: Path) -> None:

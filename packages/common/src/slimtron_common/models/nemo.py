@@ -65,6 +65,7 @@ def architecture_from_nemo(
             where=source,
             found=f"_target_ {target}",
             allowed=", ".join(f"{_MODELS}{name}" for name in _FAMILIES),
+            hint="Slimtron computes no model of another family; NeMo 2's own llm.modelopt does",
         )
     if description.get("model_transform") is not None:
         raise UnsupportedModelError(

@@ -18,7 +18,7 @@ import pytest
 
 from slimtron_common.backend.cpu import cpu_backend
 
-__all__ = ["build_in_nemo", "cpu_trainer", "nemo_on_cpu", "nemo_test", "open_in_nemo"]
+__all__ = ["build_in_nemo", "cpu_trainer", "nemo_on_cpu", "nemo_test", "open_in_nemo", "train_step"]
 
 
 def nemo_test(function: Callable[..., None]) -> Callable[..., None]:
@@ -26,7 +26,8 @@ def nemo_test(function: Callable[..., None]) -> Callable[..., None]:
     needs = pytest.mark.skipif(find_spec("nemo") is None, reason="NeMo 2 is not installed")
     # Those of NeMo, Lightning and all that they import.
     quiet = pytest.mark.filterwarnings("ignore")
-    return needs(quiet(function))
+    marked: Callable[..., None] = needs(quiet(function))
+    return marked
 
 
 _FUSIONS = (
@@ -106,6 +107,29 @@ def build_in_nemo(path: Path) -> Any:
         # An earlier model's kernels of attention.
         del os.environ[name]
     return fiddle.build(description)
+
+
+def train_step(model: Any) -> tuple[float, float]:
+    """Takes a step on one text with what ``open_in_nemo`` opened.
+
+    Returns:
+        The loss before and after it.
+    """
+    import torch
+
+    tokens = torch.arange(17).reshape(1, 17)
+    mask = torch.ones(1, 1, 16, 16, dtype=torch.bool).triu(1)
+    model.requires_grad_(True).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(2):
+        positions = torch.arange(16).reshape(1, 16)
+        loss = model(tokens[:, :-1], positions, mask, labels=tokens[:, 1:]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses[0], losses[1]
 
 
 def cpu_trainer(strategy: dict[str, Any], **settings: Any) -> Any:

@@ -81,9 +81,9 @@ def build_model(config: Any, tokenizer: Any) -> Any:
 class DistillationGPTModel(llm.GPTModel):  # type: ignore[misc]
     """A student that NeMo 2's trainer distils a teacher into; NeMo's class of this name.
 
-    Checkpoints hold the student alone and open as its own class, NeMo's for its config. Losses are weighed token by token
-    over the whole batch (``calculate_per_token_loss``), so the trainer's data parallelism must
-    not average (``average_in_collective=False``).
+    Checkpoints hold the student alone and open as its own class, NeMo's for its config. Losses are
+    weighed token by token over the whole batch (``calculate_per_token_loss``), so the trainer's
+    data parallelism must not average (``average_in_collective=False``).
 
     NeMo hands the loss mask to the last pipeline stage alone, so hidden states are compared there;
     in an interleaved pipeline nothing is distilled. ``slimtron-distill`` does both.
@@ -112,15 +112,7 @@ class DistillationGPTModel(llm.GPTModel):  # type: ignore[misc]
         model_transform: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         super().__init__(config, optim, tokenizer, model_transform)
-        # What NeMo saves as the model: the same call of the student's class.
-        self.__io__ = self.__io__.__class__(
-            model_class(config),
-            **{
-                name: value
-                for name, value in self.__io__.__arguments__.items()
-                if name in ("config", "optim", "tokenizer", "model_transform")
-            },
-        )
+        self.__io__ = _student_call(self.__io__, model_class(config))  # type: ignore[has-type]
         if config.virtual_pipeline_model_parallel_size is not None:
             raise ParallelismError(
                 "under NeMo an interleaved pipeline cannot distil",
@@ -216,6 +208,13 @@ class DistillationGPTModel(llm.GPTModel):  # type: ignore[misc]
             "a distillation does not generate text",
             hint="open its checkpoint as the student's own class, and generate with that",
         )
+
+
+def _student_call(call: Any, student_class: Any) -> Any:
+    """Turns what NeMo saves of a distillation into the same call of the student's class."""
+    names = ("config", "optim", "tokenizer", "model_transform")
+    given = call.__arguments__
+    return type(call)(student_class, **{name: given[name] for name in names if name in given})
 
 
 class _DistillationLossReduction(MaskedTokenLossReduction):  # type: ignore[misc]

@@ -92,10 +92,11 @@ def teacher_provider(
 
 def _configured(config: Any, tokenizer: Any) -> nn.Module:
     if any(cls.__module__.startswith("nemo.") for cls in type(config).__mro__):
-        from slimtron_distill.model.nemo import build_model
+        from slimtron_distill.model import nemo
 
-        return build_model(config, tokenizer)
-    model: nn.Module = config.configure_model(tokenizer)
+        model: nn.Module = nemo.build_model(config, tokenizer)
+    else:
+        model = config.configure_model(tokenizer)
     return model
 
 

@@ -205,9 +205,7 @@ def test_under_llm_train(checkpoints: dict[str, Path], tmp_path: Path) -> None:
                 use_datetime_version=False,
                 ckpt=nl.ModelCheckpoint(save_last=True, save_top_k=0),
             ),
-            resume=nl.AutoResume(
-                restore_config=nl.RestoreConfig(path=str(checkpoints["student"]))
-            ),
+            resume=nl.AutoResume(restore_config=nl.RestoreConfig(path=str(checkpoints["student"]))),
         )
         assert len(losses) == 8
         assert losses[-1] < 0.8 * losses[0]

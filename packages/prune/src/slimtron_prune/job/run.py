@@ -220,7 +220,8 @@ class _Job:
         if self.delivered != "pruned" and not self.work.has(self.delivered):
             pruned = open_checkpoint(f"hf:{self.work.directory('pruned')}")
             model = self._load(pruned, pruned.dtype)
-            with stage("write the distributed checkpoint"), self.work.stage(self.delivered) as output:
+            written = self.work.stage(self.delivered)
+            with stage("write the distributed checkpoint"), written as output:
                 WRITERS[self._kind](
                     output.directory,
                     model,

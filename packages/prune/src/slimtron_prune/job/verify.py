@@ -26,7 +26,7 @@ def verify_directory(
     """Reads every file of a pruned model, builds it and runs it.
 
     Args:
-        directory: The model, of either kind.
+        directory: The model, of any kind.
         against: The original's spec, to measure the distance to; or None.
         source: Text to measure on.
         num_tokens: Tokens of it.
@@ -39,11 +39,11 @@ def verify_directory(
         CheckpointError: A file is missing, changed, or not as its layout says.
         VerificationError: The weights are no numbers, or transformers computes other logits.
     """
-    if not (directory / CONFIG_NAME).is_file():
+    kind = kind_of(directory)
+    if kind != "nemo2" and not (directory / CONFIG_NAME).is_file():
         raise CheckpointError("is no model", where=directory, found=f"no {CONFIG_NAME}")
     if (directory / MANIFEST_NAME).is_file():
         verify_manifest(directory)
-    kind = kind_of(directory)
     checkpoint = open_checkpoint(f"{kind}:{directory}")
     facts = {"Compared with transformers": "no: a distributed checkpoint"}
     with initialize_parallel() as context:

@@ -1,11 +1,11 @@
-"""``slimtron-quant export``: a quantized Megatron checkpoint becomes a Hugging Face directory."""
+"""``slimtron-quant export``: a quantized checkpoint becomes a Hugging Face directory."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-HELP = "write a quantized Megatron checkpoint for inference engines, and prove it the same"
+HELP = "write a quantized checkpoint for inference engines, and prove it the same"
 EPILOG = """\
 examples:
   slimtron-quant run --model hf:smollm2 --recipe fp8 --export-format megatron --out smollm2-qat \\
@@ -18,7 +18,7 @@ exit codes: 0 done, 1 failed, 2 refused
 
 def register(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's arguments."""
-    parser.add_argument("model", metavar="megatron:DIR", help="the quantized checkpoint")
+    parser.add_argument("model", metavar="KIND:DIR", help="megatron:DIR or nemo2:DIR, quantized")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
     parser.add_argument(
         "--export-dtype",

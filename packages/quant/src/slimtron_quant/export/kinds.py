@@ -32,6 +32,10 @@ class Export(Protocol):
     architecture: Architecture
 
     @property
+    def tokenizer_path(self) -> Path:
+        """Directory of the tokenizer's files."""
+
+    @property
     def kv_cache(self) -> KvCacheFormat | None:
         """Format of the KV cache; None for one that is not quantized."""
 

@@ -45,6 +45,11 @@ class MegatronExport:
         }
 
     @property
+    def tokenizer_path(self) -> Path:
+        """Directory of the tokenizer's files."""
+        return self.checkpoint.tokenizer_path
+
+    @property
     def kv_cache(self) -> KvCacheFormat | None:
         """None: a cache's quantizers are not written to these checkpoints."""
         return None

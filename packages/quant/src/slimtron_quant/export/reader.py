@@ -68,6 +68,11 @@ class ExportedModel:
             for target in group["targets"]
         }
 
+    @property
+    def tokenizer_path(self) -> Path:
+        """Directory of the tokenizer's files."""
+        return self.path
+
     @cached_property
     def formats(self) -> dict[str, Format]:
         """Format of every quantized module by its Hugging Face name."""

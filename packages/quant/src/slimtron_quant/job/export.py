@@ -1,4 +1,4 @@
-"""From a quantized Megatron checkpoint to the directory that inference engines load."""
+"""From a quantized checkpoint of Megatron or NeMo to the directory that inference engines load."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def plan_export(
     """Checks an export, reading headers and text but no weights.
 
     Args:
-        model: ``megatron:DIR``, a quantized checkpoint.
+        model: ``megatron:DIR`` or ``nemo2:DIR``, a quantized checkpoint.
         config: Where to write, and the type of what is not quantized.
         evaluation: The text that both are compared on.
         parallel: How the model is cut meanwhile.
@@ -102,7 +102,7 @@ def export(plan: ExportPlan) -> Comparison:
         collective_directory(path, context, overwrite=plan.overwrite) as directory,
     ):
         batches = dataset.batches(config.micro_batch_size, context.dp_rank, context.dp_size)
-        with stage(f"load megatron:{source.path}"):
+        with stage(f"load {source.kind}:{source.path}"):
             model = build_model(source.architecture, context, dtype=dtype)
             source.load(model, context)
         with stage("export"):
@@ -142,7 +142,7 @@ def export(plan: ExportPlan) -> Comparison:
             write_manifest(
                 directory,
                 kind="quantized",
-                config={"model": f"megatron:{source.path}", "export": to_dict(plan.config)},
+                config={"model": f"{source.kind}:{source.path}", "export": to_dict(plan.config)},
                 metrics=comparison.columns[-1].metrics,
                 seed=None,
             )
@@ -168,7 +168,7 @@ def _comparison(
             ),
         ),
         facts={
-            "Model": f"megatron:{source.path}",
+            "Model": f"{source.kind}:{source.path}",
             "Formats": exported.describe(),
             "Evaluated on": f"{evaluation.config.source}: {evaluation.dataset.num_sequences} "
             f"sequences of {evaluation.dataset.seq_length} tokens",

@@ -36,11 +36,11 @@ from slimtron_common.parallel.context import (
 from slimtron_common.parallel.schedule import check_context_parallel
 from slimtron_common.workdir import check_resumable
 from slimtron_quant.config import QuantizationConfig
-from slimtron_quant.export.nemo import check_nemo_opens_quantizers
 from slimtron_quant.formats.kv_cache import KV_CACHE_FORMATS, describe_kv_cache
 from slimtron_quant.job.config import QuantJobConfig
 from slimtron_quant.job.layerwise import check_layerwise
 from slimtron_quant.job.mixed import Candidates, MixedPlan, open_candidates, plan_mixed
+from slimtron_quant.nemo import check_nemo_opens_quantizers
 from slimtron_quant.recipes import Recipe, Scheme, quantization_scheme
 
 __all__ = ["Estimate", "Plan", "preflight"]

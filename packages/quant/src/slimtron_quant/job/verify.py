@@ -44,7 +44,7 @@ def verify_directory(
     exported.check_values()
     original = None if against is None else open_checkpoint(against, where="--against")
     data = DataConfig(source=source, num_tokens=num_tokens, seq_length=seq_length)
-    batches = token_dataset(data, load_tokenizer(directory)).batches(1)
+    batches = token_dataset(data, load_tokenizer(exported.tokenizer_path)).batches(1)
     vocab_size = exported.architecture.vocab_size
     columns = []
     with initialize_parallel() as context, tempfile.TemporaryDirectory() as folder:
