@@ -17,7 +17,7 @@ from slimtron_common.parallel import ParallelConfig, forward_only, initialize_pa
 from slimtron_common.testing import run_ranks, write_tiny_model
 
 MODELS = {
-    "mixtral": ("mixtral", {"num_experts": 6}),
+    "mixtral": ("mixtral", {"num_local_experts": 6}),
     "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": False}),
     "gemma": ("gemma", {"head_dim": 32, "vocab_size": 299}),
     "nemotron": ("nemotron", {}),

@@ -18,10 +18,14 @@ _CLASSES = {
     "nemotron": "Nemotron",
 }
 
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 _FIELDS: dict[str, dict[str, Any]] = {
-    "mixtral": _EXPERTS,
-    "qwen3_moe": {**_EXPERTS, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
     "nemotron": {"norm_eps": 1e-5},
 }
 """What a family's config has besides."""
