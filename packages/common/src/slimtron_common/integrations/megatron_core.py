@@ -19,6 +19,7 @@ import torch
 
 __all__ = [
     "COMMON_STATE",
+    "build_optimizer",
     "import_moe_utils",
     "import_transformer_config",
     "load_sharded",
@@ -26,6 +27,23 @@ __all__ = [
 ]
 
 COMMON_STATE = "common.pt"
+
+
+def build_optimizer(config: Any, chunks: list[Any]) -> Any:
+    """Makes Megatron's optimizer, in which biases and norms do not decay.
+
+    Megatron-Core 0.15 decides so itself; later versions are told, and then it is in the config.
+
+    Args:
+        config: Megatron's ``OptimizerConfig``.
+        chunks: The chunks of this process's pipeline stage, inside ``DistributedDataParallel``.
+    """
+    from megatron.core import optimizer
+
+    options: dict[str, Any] = {}
+    if hasattr(optimizer, "get_standard_config_overrides"):
+        options["config_overrides"] = optimizer.get_standard_config_overrides(config)
+    return optimizer.get_megatron_optimizer(config, chunks, **options)
 
 
 def import_moe_utils() -> Any:

@@ -1,4 +1,4 @@
-"""What NVIDIA ModelOpt's versions disagree on: the shape of a quantization config.
+"""What NVIDIA ModelOpt's versions disagree on, the shape of a quantization config above all.
 
 Up to 0.43 a config's ``quant_cfg`` maps a pattern of quantizer names to attributes; since 0.44
 it is a list of entries applied in order. Both become one ``QuantConfig`` here, and
@@ -30,6 +30,7 @@ __all__ = [
     "named_config",
     "recipe_config",
     "recipe_names",
+    "rotates",
     "shared_experts",
     "to_modelopt",
 ]
@@ -181,6 +182,12 @@ def make_quantizer(settings: Sequence[Attributes]) -> Any:
     if not quantizers:
         return TensorQuantizer(QuantizerAttributeConfig(enable=False))
     return quantizers[0] if len(quantizers) == 1 else SequentialQuantizer(*quantizers)
+
+
+def rotates(quantizer: Any) -> bool:
+    """Tells whether a quantizer rotates what it is given first."""
+    # ModelOpt 0.37 has the setting alone, a bool.
+    return bool(getattr(quantizer, "rotate_is_enabled", quantizer._rotate))
 
 
 @contextlib.contextmanager
