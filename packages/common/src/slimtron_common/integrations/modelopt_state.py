@@ -27,9 +27,11 @@ from torch import nn
 
 from slimtron_common.errors import CheckpointError, MissingDependencyError
 from slimtron_common.integrations.megatron_core import COMMON_STATE, load_sharded, save_common_state
+from slimtron_common.integrations.versions import installed_versions
 
 __all__ = [
     "STATE_DIR",
+    "check_can_write",
     "cut_gated_scales",
     "is_quantized",
     "quantizer_settings",
@@ -43,6 +45,29 @@ logger = logging.getLogger(__name__)
 STATE_DIR = "modelopt_state"
 
 _EXTRA = "_extra_state"
+
+_FIRST_SAFE = "0.47"
+"""The first tested ModelOpt whose layers keep their quantizers in a form that runs no code."""
+
+
+def check_can_write(*, where: str) -> None:
+    """Finds out whether the installed ModelOpt writes what can be read safely.
+
+    Raises:
+        MissingDependencyError: It is too old: 0.37 pickles the quantizers of each layer.
+    """
+    from packaging.version import Version
+
+    found = installed_versions(["nvidia-modelopt"]).get("nvidia-modelopt")
+    if found is not None and Version(found) < Version(_FIRST_SAFE):
+        raise MissingDependencyError(
+            "a Megatron checkpoint with quantizers needs a newer ModelOpt: this one pickles them, "
+            "and what is read here may run no code",
+            where=where,
+            found=f"nvidia-modelopt {found}",
+            allowed=f"nvidia-modelopt {_FIRST_SAFE} and newer",
+            hint=f'pip install "nvidia-modelopt>={_FIRST_SAFE}"',
+        )
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from slimtron_common.data.config import DataConfig
 from slimtron_common.data.sources import check_source
 from slimtron_common.errors import ConfigError, ParallelismError
 from slimtron_common.evaluation.reference import reference_bytes
+from slimtron_common.integrations.modelopt_state import check_can_write
 from slimtron_common.manifest import environment_versions
 from slimtron_common.memory import (
     activation_bytes,
@@ -193,6 +194,8 @@ def preflight(
             allowed="hf with a quantized KV cache",
             hint="--kv-cache none for training on; quantize the cache of what was trained",
         )
+    if config.export.export_format == "megatron":
+        check_can_write(where="export.export_format")
     _check_lengths(config, architecture.max_position_embeddings)
     dtype = checkpoint.compute_dtype(config.dtype, device)
     estimate = _estimate(config, checkpoint, schemes, candidates, dtype)
