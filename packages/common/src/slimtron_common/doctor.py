@@ -7,13 +7,13 @@ imports nothing but metadata.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from slimtron_common.lines import EXTRAS, LINES, RULES, WRONGLY_DECLARED, Kind, Line
+from slimtron_common.lines import EXTRAS, LINES, NEMO_EXTRA, RULES, Kind, Line, Rule
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -58,6 +58,8 @@ class Diagnosis:
 
 _SLIMTRON = ("slimtron-common", "slimtron-quant", "slimtron-prune", "slimtron-distill")
 _ENGINES = ("torch", "megatron-core", "nvidia-modelopt", "transformers", "nemo-toolkit")
+_TRANSFORMER_ENGINES = {"transformer-engine-cu12": "12", "transformer-engine-cu13": "13"}
+"""Distribution to the CUDA that it is built for."""
 
 
 def read_environment() -> tuple[dict[str, str], dict[str, list[str]]]:
@@ -65,23 +67,28 @@ def read_environment() -> tuple[dict[str, str], dict[str, list[str]]]:
 
     Returns:
         The versions of what is installed, and the requirements that Slimtron and the libraries it
-        stands on declare for this Python, by the name of the one that declares them.
+        stands on declare for this Python, by the name of the one that declares them. Beside NeMo 2
+        these include what the line nemo needs, by name and extras: NeMo declares most of what it
+        always imports as optional.
     """
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    from slimtron_common.integrations.versions import declared_requirements, installed_versions
+    from slimtron_common.integrations.versions import installed_versions
 
     declaring = installed_versions([*_SLIMTRON, *_ENGINES])
-    python = platform.python_version()
-    requirements = {
-        name: [text for text in declared_requirements(name) if _applies(Requirement(text), python)]
-        for name in declaring
-    }
+    requirements = {name: _declared(name) for name in declaring}
+    if "nemo-toolkit" in declaring and _matches(declaring["nemo-toolkit"], "<3"):
+        extras = [f"{name}[{NEMO_EXTRA}]" for name in _SLIMTRON if name in declaring]
+        requirements |= {owner: _declared(owner) for owner in extras}
+        for text in requirements.get(f"slimtron-common[{NEMO_EXTRA}]", ()):
+            if (needed := Requirement(text)).extras and needed.name in declaring:
+                owner = f"{needed.name}[{','.join(sorted(needed.extras))}]"
+                requirements[owner] = _declared(owner)
     names = {
         *(name for rule in RULES for name in rule.when),
-        *(Requirement(text).name for rule in RULES for text in rule.without),
         *(extra.name for extra in EXTRAS),
+        *_TRANSFORMER_ENGINES,
         *(Requirement(text).name for texts in requirements.values() for text in texts),
     }
     others = sorted({canonicalize_name(name) for name in names} - declaring.keys())
@@ -98,10 +105,13 @@ def diagnose(
     Args:
         versions: Normalized name (``megatron-core``) to version, of what is installed.
         python: The version of Python, ``(3, 11, 7)``.
-        requirements: Name of an installed distribution to the requirements (PEP 508) it declares.
+        requirements: Name of an installed distribution, or name and extras (``a[b]``), to the
+            requirements (PEP 508) it declares.
     """
     found = {"python": ".".join(map(str, python)), **versions}
-    findings = [*_check_requirements(found, requirements), *_check_rules(found)]
+    clashing = [rule for rule in RULES if rule.kind == "clash" and _applies_to(rule, found)]
+    told = {name for rule in clashing for name in rule.when}
+    findings = [*_check_requirements(found, requirements, told), *_check_rules(found)]
     line = next((line for line in LINES if _is_on(line, found)), None)
     if line is None:
         findings.append(_off_line(found))
@@ -153,8 +163,13 @@ def read_devices() -> Devices:
     )
 
 
-def check_devices(devices: Devices) -> Iterator[Finding]:
-    """Yields what keeps torch from the GPUs of this machine."""
+def check_devices(devices: Devices, versions: Mapping[str, str]) -> Iterator[Finding]:
+    """Yields what keeps torch or Transformer Engine from the GPUs of this machine.
+
+    Args:
+        devices: What torch says.
+        versions: Normalized name to version, of what is installed.
+    """
     reinstall = "pip install --force-reinstall torch"
     if devices.error is not None:
         yield Finding(
@@ -177,26 +192,51 @@ def check_devices(devices: Devices) -> Iterator[Finding]:
             message=f"sees no GPU: the NVIDIA driver may be too old for CUDA {devices.cuda}, or"
             " CUDA_VISIBLE_DEVICES hides them",
         )
+    if devices.error is None:
+        yield from _check_transformer_engine(devices.cuda, versions)
+
+
+def _check_transformer_engine(cuda: str | None, versions: Mapping[str, str]) -> Iterator[Finding]:
+    major = None if cuda is None else cuda.partition(".")[0]
+    for name, built_for in _TRANSFORMER_ENGINES.items():
+        if name not in versions or built_for == major:
+            continue
+        if major is None:
+            message = "is for GPUs, torch is a CPU build"
+            mend = f"pip uninstall -y transformer-engine {name}"
+        else:
+            message = f"is built for CUDA {built_for}, torch for CUDA {cuda}"
+            mend = (
+                f"pip uninstall -y {name} && pip install --no-build-isolation"
+                f' "transformer-engine[core_cu{major},pytorch]"'
+            )
+        yield Finding(
+            kind="clash" if major else "warning",
+            subject=f"{name} {versions[name]}",
+            message=message,
+            mend=mend,
+        )
 
 
 def _check_requirements(
-    found: Mapping[str, str], requirements: Mapping[str, Sequence[str]]
+    found: Mapping[str, str], requirements: Mapping[str, Sequence[str]], told: Container[str]
 ) -> Iterator[Finding]:
+    """Compares with what is declared; says nothing of versions in ``told``."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
     for owner, texts in requirements.items():
         for requirement in map(Requirement, texts):
             name = canonicalize_name(requirement.name)
-            if not _applies(requirement, found["python"]) or (owner, name) in WRONGLY_DECLARED:
+            if not _applies(requirement, found["python"], Requirement(owner).extras):
                 continue
             wanted = f"{requirement.name}{requirement.specifier}"
-            mend = f'pip install "{wanted}"'
+            mend = _mend(owner, wanted)
             if name not in found:
                 yield Finding(
                     kind="missing", subject=name, message=f"{owner} needs {wanted}", mend=mend
                 )
-            elif not _matches(found[name], str(requirement.specifier)):
+            elif not _matches(found[name], str(requirement.specifier)) and name not in told:
                 yield Finding(
                     kind="clash" if owner in _SLIMTRON else "warning",
                     subject=f"{name} {found[name]}",
@@ -205,28 +245,52 @@ def _check_requirements(
                 )
 
 
-def _applies(requirement: Requirement, python: str) -> bool:
+def _mend(owner: str, wanted: str) -> str:
+    """The command that installs ``wanted``; of the line nemo, all of it, which agrees."""
+    name, _, extras = owner.partition("[")
+    if not extras:
+        return f'pip install "{wanted}"'
+    return f'pip install "{name if name in _SLIMTRON else "slimtron-common"}[{NEMO_EXTRA}]"'
+
+
+def _declared(owner: str) -> list[str]:
+    """What a distribution (``a``) or its extras alone (``a[b]``) need on this Python."""
+    from packaging.requirements import Requirement
+
+    from slimtron_common.integrations.versions import declared_requirements
+
+    extras, python = Requirement(owner).extras, platform.python_version()
+    return [
+        text
+        for text in declared_requirements(Requirement(owner).name)
+        if _applies(Requirement(text), python, extras)
+        and not (extras and _applies(Requirement(text), python))
+    ]
+
+
+def _applies(requirement: Requirement, python: str, extras: Iterable[str] = ()) -> bool:
     environment = {
-        "extra": "",
         "python_full_version": python,
         "python_version": ".".join(python.split(".")[:2]),
     }
-    return requirement.marker is None or requirement.marker.evaluate(environment)
+    return requirement.marker is None or any(
+        requirement.marker.evaluate({**environment, "extra": extra}) for extra in ("", *extras)
+    )
 
 
 def _check_rules(found: Mapping[str, str]) -> Iterator[Finding]:
     for rule in RULES:
-        if not all(n in found and _matches(found[n], spec) for n, spec in rule.when.items()):
-            continue
-        absent = [text for text in rule.without if text.partition("==")[0] not in found]
-        if rule.without and not absent:
-            continue
-        yield Finding(
-            kind=rule.kind,
-            subject=", ".join(f"{name} {found[name]}" for name in rule.when),
-            message=": ".join(filter(None, (rule.message, ", ".join(absent)))),
-            mend=f"pip install {' '.join(absent)}" if absent else rule.mend,
-        )
+        if _applies_to(rule, found):
+            yield Finding(
+                kind=rule.kind,
+                subject=", ".join(f"{name} {found[name]}" for name in rule.when),
+                message=rule.message,
+                mend=rule.mend,
+            )
+
+
+def _applies_to(rule: Rule, found: Mapping[str, str]) -> bool:
+    return all(name in found and _matches(found[name], spec) for name, spec in rule.when.items())
 
 
 def _is_on(line: Line, found: Mapping[str, str]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["EXTRAS", "LINES", "RULES", "WRONGLY_DECLARED", "Extra", "Kind", "Line", "Rule"]
+__all__ = ["EXTRAS", "LINES", "NEMO_EXTRA", "RULES", "Extra", "Kind", "Line", "Rule"]
 
 Kind = Literal["missing", "clash", "warning", "note"]
 
@@ -34,11 +34,9 @@ class Rule:
     kind: Kind
     when: Mapping[str, str]
     """Distributions (or ``python``) and version specifiers, all of which must match."""
-    without: tuple[str, ...] = ()
-    """Requirements at least one of which must be absent, if there are any."""
     message: str
     mend: str | None = None
-    """The command that mends it; by default, it installs what is absent of ``without``."""
+    """The command that mends it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,19 +51,10 @@ class Extra:
     install: str
 
 
-_NEMO_UNDECLARED = (
-    "lightning",
-    "nemo-run",
-    "einops",
-    "sentencepiece",
-    "inflect",
-    "mediapy==1.1.6",
-    "pandas",
-    "sacremoses",
-    "datasets",
-    "tiktoken",
-    "tensorstore",
-)
+NEMO_EXTRA = "nemo"
+"""The extra of the packages that holds what the line nemo needs."""
+
+_NEMO = 'pip install "slimtron-common[nemo]"'
 
 LINES = (
     Line(
@@ -78,10 +67,7 @@ LINES = (
             "nvidia-modelopt": ">=0.37",
             "nemo-toolkit": ">=2.7.3,<3",
         },
-        install='pip install "nemo-toolkit[lightning,run]==2.7.3" "nvidia-modelopt>=0.37"'
-        ' "transformers~=4.57.0" "huggingface_hub<2" leptonai==0.27.3 '
-        + " ".join(_NEMO_UNDECLARED[2:])
-        + " && pip install --no-deps megatron-core==0.15.3",
+        install=_NEMO,
     ),
     Line(
         name="mcore016",
@@ -114,7 +100,19 @@ RULES = (
         kind="clash",
         when={"nemo-toolkit": "<3", "megatron-core": ">=0.16"},
         message="NeMo 2 cannot train on it: get_megatron_optimizer() has other arguments",
-        mend="pip install --no-deps megatron-core==0.15.3",
+        mend=_NEMO,
+    ),
+    Rule(
+        kind="clash",
+        when={"megatron-core": ">=0.15,<0.16", "numpy": ">=2"},
+        message="it cannot write checkpoints: numpy.product is gone",
+        mend='pip install "numpy<2" "pyarrow<25"',
+    ),
+    Rule(
+        kind="clash",
+        when={"pyarrow": ">=25", "numpy": "<2"},
+        message="pyarrow 25 and later refuse NumPy 1 when they are imported, and declare nothing",
+        mend='pip install "pyarrow<25"',
     ),
     Rule(
         kind="clash",
@@ -129,27 +127,10 @@ RULES = (
         mend="pip install megatron-core==0.16.1",
     ),
     Rule(
-        kind="missing",
-        when={"nemo-toolkit": "<3"},
-        without=_NEMO_UNDECLARED,
-        message="nemo.collections.llm imports packages that NeMo does not declare",
-    ),
-    Rule(
         kind="warning",
         when={"nvidia-modelopt": ">=0.47", "transformers": ">=5.15"},
         message="ModelOpt is tested with transformers 4.57 to 5.14",
         mend='pip install "transformers>=4.57,<5.15"',
-    ),
-    Rule(
-        kind="warning",
-        when={"nemo-toolkit": "<3", "transformers": ">=4.58"},
-        message="the extras of NeMo 2 ask for transformers 4.57",
-        mend='pip install "transformers~=4.57.0"',
-    ),
-    Rule(
-        kind="note",
-        when={"megatron-core": ">=0.15,<0.16", "numpy": ">=2"},
-        message="declares numpy<2 but runs on NumPy 2: `pip check` complains in vain",
     ),
     Rule(
         kind="note",
@@ -160,12 +141,11 @@ RULES = (
     Rule(
         kind="note",
         when={"nemo-toolkit": ">=3"},
-        message="NeMo 3 has no nemo.collections.llm; Slimtron reads NeMo 2 checkpoints without it",
+        message="NeMo 3 has no nemo.collections.llm; Slimtron reads NeMo 2 checkpoints without it."
+        " The last with it is 2.7.3, for Python 3.11",
+        mend=_NEMO,
     ),
 )
-
-WRONGLY_DECLARED = {("megatron-core", "numpy")}
-"""Distribution and requirement whose declaration is known to be too strict."""
 
 _MAMBA = "Mamba and hybrid models cannot run"
 

@@ -16,7 +16,7 @@ from slimtron_common.parallel import ParallelConfig, forward_only, initialize_pa
 from slimtron_common.testing import run_ranks, write_tiny_model
 
 MODELS = {
-    "mixtral": ("mixtral", {"num_experts": 6}),
+    "mixtral": ("mixtral", {"num_local_experts": 6}),
     "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": False}),
     "qwen2_moe": ("qwen2_moe", {}),
     "gemma": ("gemma", {"head_dim": 32, "vocab_size": 299}),

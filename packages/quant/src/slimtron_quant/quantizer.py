@@ -17,7 +17,11 @@ from slimtron_common.checkpoint.writer import collective_directory
 from slimtron_common.data import token_dataset
 from slimtron_common.data.config import DataConfig
 from slimtron_common.errors import ConfigError
-from slimtron_common.integrations.modelopt import shared_experts, to_modelopt
+from slimtron_common.integrations.modelopt import (
+    functions_put_back,
+    shared_experts,
+    to_modelopt,
+)
 from slimtron_common.integrations.modelopt_state import quiet_modelopt
 from slimtron_common.integrations.nemo import describe_with_nemo
 from slimtron_common.models.adjustments import weight_expert_outputs
@@ -168,6 +172,7 @@ class Quantizer:
         Raises:
             ConfigError: There is no ``export_config``.
             CheckpointError: The directory exists or cannot be written.
+            MissingDependencyError: ModelOpt is too old for this kind of export.
         """
         if self.export_config is None:
             raise ConfigError(
@@ -257,11 +262,12 @@ class Quantizer:
 
         settings = dict(algorithm) if isinstance(algorithm, Mapping) else {"method": algorithm}
         try:
-            if settings.pop("method") == "awq_lite" and forward_loop is not None:
-                awq_calibrate(model, forward_loop, **settings)
-            else:
-                loop = None if forward_loop is None else collecting_maxima(forward_loop)
-                mtq.calibrate(model, algorithm, loop)
+            with functions_put_back():
+                if settings.pop("method") == "awq_lite" and forward_loop is not None:
+                    awq_calibrate(model, forward_loop, **settings)
+                else:
+                    loop = None if forward_loop is None else collecting_maxima(forward_loop)
+                    mtq.calibrate(model, algorithm, loop)
         except (RuntimeError, ValueError, AssertionError, StopIteration) as error:
             raise CalibrationError(
                 f"the calibration failed: {type(error).__name__}: {error}",

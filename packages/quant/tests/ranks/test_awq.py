@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from slimtron_common.checkpoint.weights import gather_shards, load_weights, whole_tensors
+from slimtron_common.integrations.modelopt import QuantizerEntry, named_config, to_modelopt
 from slimtron_common.models.architecture import Architecture
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import ParallelConfig, forward_only, initialize_parallel
@@ -60,16 +60,9 @@ def read(name: str) -> Tensor:
 
 
 def config(name: str) -> dict[str, Any]:
-    import modelopt.torch.quantization as mtq
-
-    result: dict[str, Any] = copy.deepcopy(getattr(mtq, name))
-    for entry in result["quant_cfg"]:
-        attributes = entry.get("cfg") or []
-        for item in attributes if isinstance(attributes, list) else [attributes]:
-            if item.get("block_sizes"):
-                item["block_sizes"] = {**item["block_sizes"], -1: 16}
-    result["quant_cfg"].append({"quantizer_name": "*output_layer*", "enable": False})
-    return {**result, "algorithm": None}
+    output_layer = QuantizerEntry("*output_layer*", enable=False)
+    recipe = named_config(name).with_block_size(16).with_entries(output_layer)
+    return to_modelopt(recipe.with_algorithm(None))
 
 
 def calibrate(layout: ParallelConfig, name: str) -> Outcome:

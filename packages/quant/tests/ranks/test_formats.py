@@ -14,9 +14,11 @@ from slimtron_common.checkpoint.writer import collective_directory
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import ParallelConfig, initialize_parallel
 from slimtron_common.testing import run_ranks, write_tiny_model
+from slimtron_common.testing.versions import needs
 from slimtron_quant import calibration_loop
 from slimtron_quant.export.kinds import write_export
 
+pytestmark = needs("nvidia-modelopt", "0.47", what="backends for quantizers")
 CONFIGS = {
     "fp8_pc_pt": "FP8_PER_CHANNEL_PER_TOKEN_CFG",
     "block_fp8": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",

@@ -17,6 +17,7 @@ from slimtron_common.parallel import (
     initialize_parallel,
 )
 from slimtron_common.testing import run_ranks, write_tiny_model
+from slimtron_common.testing.versions import needs
 from slimtron_quant import ExportConfig, QuantizationConfig, Quantizer, calibration_loop
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -26,6 +27,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "w4a8_awq": {"include": ("*.layers.1",)},
 }
 
+pytestmark = needs("nvidia-modelopt", "0.47", what="layers that keep quantizers without pickling")
 TOKENS = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(0))
 
 

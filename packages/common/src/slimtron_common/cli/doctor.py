@@ -47,7 +47,7 @@ def execute(args: argparse.Namespace) -> int:
     devices = read_devices()
     diagnosis = diagnose(versions, sys.version_info[:3], requirements)
     diagnosis = dataclasses.replace(
-        diagnosis, findings=(*check_devices(devices), *diagnosis.findings)
+        diagnosis, findings=(*check_devices(devices, versions), *diagnosis.findings)
     )
     if args.json:
         print(json.dumps(_to_json(versions, devices, diagnosis), indent=2))
@@ -85,7 +85,7 @@ def _print(
 
     console = Console(highlight=False)
     packages = [("python", platform.python_version())]
-    packages += [(name, versions[name]) for name in names]
+    packages += [(name, versions[name]) for name in names if name in versions]
     table = Table("package", "version")
     for row in packages:
         table.add_row(*row)

@@ -4,7 +4,7 @@ Where a distributed checkpoint's common state lies: beside the sharded tensors a
 one more object, which every process reads. Up to 0.16 it is the file ``common.pt``; 0.19 keeps it
 among the tensors, and reads either. It holds no weight, so 0.16 is told not to open it.
 
-And whether a router can do without Transformer Engine.
+And modules that some versions leave without a name that they use.
 """
 
 from __future__ import annotations
@@ -12,16 +12,42 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["COMMON_STATE", "import_moe_utils", "load_sharded", "prefixed", "save_common_state"]
+__all__ = [
+    "COMMON_STATE",
+    "build_optimizer",
+    "import_moe_utils",
+    "import_transformer_config",
+    "load_sharded",
+    "prefixed",
+    "save_common_state",
+]
 
 COMMON_STATE = "common.pt"
 
 K = TypeVar("K")
+
+
+def build_optimizer(config: Any, chunks: list[Any]) -> Any:
+    """Makes Megatron's optimizer, in which biases and norms do not decay.
+
+    Megatron-Core 0.15 decides so itself; later versions are told, and then it is in the config.
+
+    Args:
+        config: Megatron's ``OptimizerConfig``.
+        chunks: The chunks of this process's pipeline stage, inside ``DistributedDataParallel``.
+    """
+    from megatron.core import optimizer
+
+    options: dict[str, Any] = {}
+    if hasattr(optimizer, "get_standard_config_overrides"):
+        options["config_overrides"] = optimizer.get_standard_config_overrides(config)
+    return optimizer.get_megatron_optimizer(config, chunks, **options)
 
 
 def import_moe_utils() -> Any:
@@ -33,6 +59,16 @@ def import_moe_utils() -> Any:
     module = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     vars(module).setdefault("te_general_gemm", None)
     return module
+
+
+def import_transformer_config() -> Any:
+    """Imports the class of a model's config, from modules that are complete.
+
+    Megatron-Core 0.15 warns of tensor and expert parallelism without sequence parallelism, which
+    is for training alone, through a module that it does not import.
+    """
+    vars(importlib.import_module("megatron.core.model_parallel_config"))["warnings"] = warnings
+    return importlib.import_module("megatron.core.transformer").TransformerConfig
 
 
 def prefixed(sharded: dict[K, Any], prefix: str) -> dict[K, Any]:

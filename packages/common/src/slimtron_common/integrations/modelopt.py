@@ -1,4 +1,4 @@
-"""What NVIDIA ModelOpt's versions disagree on: the shape of a quantization config.
+"""What NVIDIA ModelOpt's versions disagree on, the shape of a quantization config above all.
 
 Up to 0.43 a config's ``quant_cfg`` maps a pattern of quantizer names to attributes; since 0.44
 it is a list of entries applied in order. Both become one ``QuantConfig`` here, and
@@ -26,6 +26,7 @@ __all__ = [
     "check_attributes",
     "config_names",
     "from_modelopt",
+    "functions_put_back",
     "is_rotated",
     "make_quantizer",
     "named_config",
@@ -192,6 +193,28 @@ def is_rotated(quantizer: Any) -> bool:
 
 
 @contextlib.contextmanager
+def functions_put_back() -> Iterator[None]:
+    """Puts back the functions that ModelOpt replaces while a layer computes, if that fails.
+
+    It leaves them replaced otherwise, and every model of the process that computes later would
+    recurse without end.
+    """
+    from megatron.core.tensor_parallel import layers
+    from torch.nn import functional
+
+    modules = (functional, layers)
+    before = [dict(vars(module)) for module in modules]
+    try:
+        yield
+    except BaseException:
+        for module, names in zip(modules, before, strict=True):
+            for name in vars(module).keys() - names.keys():
+                delattr(module, name)
+            vars(module).update(names)
+        raise
+
+
+@contextlib.contextmanager
 def shared_experts(experts: Sequence[Any]) -> Iterator[None]:
     """Lets ModelOpt put quantizers into experts that several processes share out.
 
@@ -216,7 +239,9 @@ def shared_experts(experts: Sequence[Any]) -> Iterator[None]:
         for module, config in zip(experts, configs, strict=True):
             module.config = config
     for module in experts:
-        state = ParallelState(module.dp_group, module.tp_group)
+        # Megatron-Core 0.15's own module does not keep the group.
+        tp_group = module.local_experts[0].linear_fc1.tp_group
+        state = ParallelState(module.dp_group, tp_group)
         for expert in module.local_experts:
             expert.linear_fc1.parallel_state = expert.linear_fc2.parallel_state = state
 

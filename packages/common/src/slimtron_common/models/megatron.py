@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from slimtron_common.errors import MissingDependencyError, ParallelismError
-from slimtron_common.integrations.megatron_core import import_moe_utils
+from slimtron_common.integrations.megatron_core import (
+    import_moe_utils,
+    import_transformer_config,
+)
 from slimtron_common.models.adjustments import scale_embeddings, weight_expert_outputs
 from slimtron_common.models.architecture import Activation, Architecture
 from slimtron_common.models.megatron_hybrid import build_hybrid, hybrid_settings
@@ -193,8 +196,6 @@ def transformer_config(
     Fusions that need Apex, Transformer Engine or a compiler are off: the same numbers come
     out everywhere, and every linear layer stays visible to quantizers and scorers.
     """
-    from megatron.core.transformer import TransformerConfig
-
     a = architecture
     moe: dict[str, Any] = {}
     if a.moe:
@@ -221,7 +222,7 @@ def transformer_config(
         layout[0].insert(0, "embedding")
         layout[-1].append("loss")
     window = None if a.sliding_window is None else (a.sliding_window - 1, 0)
-    return TransformerConfig(
+    return import_transformer_config()(
         num_layers=a.num_layers,
         hidden_size=a.hidden_size,
         ffn_hidden_size=a.ffn_hidden_size,

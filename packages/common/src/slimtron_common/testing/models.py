@@ -22,7 +22,7 @@ _CLASSES = {
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 _FIELDS: dict[str, dict[str, Any]] = {
-    "mixtral": _EXPERTS,
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {**_EXPERTS, "moe_intermediate_size": 32, "norm_topk_prob": True},
     "qwen2_moe": {
         **_EXPERTS,

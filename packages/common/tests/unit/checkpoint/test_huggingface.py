@@ -21,7 +21,6 @@ from slimtron_common.testing import write_tiny_model
 
 LLAMA3 = {
     "rope_type": "llama3",
-    "rope_theta": 5e5,
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -31,11 +30,12 @@ LLAMA3 = {
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
-    "llama 3": ("llama", {"rope_parameters": LLAMA3, "max_position_embeddings": 16384}),
-    "linear": (
+    # transformers 4 and 5 both take rotary parameters under these names.
+    "llama 3": (
         "llama",
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3, "max_position_embeddings": 16384},
     ),
+    "linear": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     "one key/value head": ("llama", {"num_key_value_heads": 1}),
     "as many key/value heads": ("llama", {"num_key_value_heads": 4}),
     "wide heads": ("llama", {"head_dim": 40}),

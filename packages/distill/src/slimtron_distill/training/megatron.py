@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimtron_common.integrations import megatron_core
 from slimtron_distill.training.config import OptimizerConfig
 
 with warnings.catch_warnings():
     # They tell on import which of their optional kernels are missing.
     warnings.simplefilter("ignore")
     from megatron.core import distributed
-    from megatron.core import optimizer as optimizers
+    from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 __all__ = ["build_optimizer", "build_scheduler", "finalize_model_grads", "wrap_chunks"]
@@ -40,7 +41,7 @@ def wrap_chunks(chunks: Sequence[nn.Module]) -> list[Any]:
 def build_optimizer(settings: OptimizerConfig, chunks: list[Any]) -> Any:
     """Makes a distributed AdamW with fp32 weights for chunks in Megatron's data parallel."""
     dtype = next(p.dtype for chunk in chunks for p in chunk.parameters())
-    config = optimizers.OptimizerConfig(
+    config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
         min_lr=settings.min_lr,
@@ -53,9 +54,7 @@ def build_optimizer(settings: OptimizerConfig, chunks: list[Any]) -> Any:
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
-    optimizer = optimizers.get_megatron_optimizer(
-        config, chunks, config_overrides=optimizers.get_standard_config_overrides(config)
-    )
+    optimizer = megatron_core.build_optimizer(config, chunks)
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.AdamW):
             _make_loadable(part)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 
 from slimtron_common.checkpoint import open_checkpoint
@@ -100,25 +101,32 @@ def test_experts_are_scored_by_what_they_add(family: str, tmp_path: Path) -> Non
     scores = collected(tmp_path / "m")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     inputs: list[Tensor] = []
-    layer = model.model.layers[1]
-    layer.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
+    norm = model.model.layers[1].post_attention_layernorm
+    norm.register_forward_hook(lambda _, args, output: inputs.append(output.flatten(0, -2)))
+    # Modules differ in transformers 4 and 5, files do not.
+    files = load_file(tmp_path / "m" / "model.safetensors")
+    layer = "block_sparse_moe" if family == "mixtral" else "mlp"
+    names = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+
+    def weight_of(module: str) -> Tensor:
+        return files[f"model.layers.1.{layer}.{module}.weight"]
+
     with torch.no_grad():
         for tokens in batches():
             model(tokens)
         x = torch.cat(inputs)
-        share = (x @ layer.mlp.gate.weight.T).softmax(-1)
+        share = (x @ weight_of("gate").T).softmax(-1)
         top = share.topk(2, dim=-1)
         weight = torch.zeros_like(share).scatter(-1, top.indices, top.values)
         if family != "qwen2_moe":
             weight /= weight.sum(-1, keepdim=True)
-        experts = layer.mlp.experts
         for number in range(share.shape[1]):
-            gate, up = (x @ experts.gate_up_proj[number].T).chunk(2, -1)
-            inner = torch.nn.functional.silu(gate) * up
+            gate, up, down = (weight_of(f"experts.{number}.{name}") for name in names)
+            inner = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
             chosen = weight[:, number] > 0
             energy = inner[chosen].square().sum(0)
             torch.testing.assert_close(scores.ffn[1, number], energy.double(), rtol=1e-3, atol=1e-4)
-            added = weight[:, number, None] * (inner @ experts.down_proj[number].T)
+            added = weight[:, number, None] * (inner @ down.T)
             torch.testing.assert_close(
                 scores.experts[1, number], added.square().sum().double(), rtol=1e-3, atol=1e-4
             )

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
 from slimtron_common.errors import ConfigError, UnsupportedModelError
+from slimtron_common.integrations.modelopt import QuantizerEntry, named_config, to_modelopt
 from slimtron_common.models.architecture import Architecture
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import ParallelConfig, forward_only, initialize_parallel
@@ -26,18 +26,12 @@ BLOCK_SIZE = 16
 NO_PARALLEL_STATE = "ignore:Distributed training is initialized:UserWarning"
 
 
-def config(name: str, *, algorithm: bool) -> dict[str, Any]:
+def config(name: str, *more: QuantizerEntry, algorithm: bool) -> dict[str, Any]:
     """A ModelOpt config with blocks that divide the small layers here."""
-    result: dict[str, Any] = copy.deepcopy(getattr(mtq, name))
-    for entry in result["quant_cfg"]:
-        attributes = entry.get("cfg") or []
-        for item in attributes if isinstance(attributes, list) else [attributes]:
-            if item.get("block_sizes"):
-                item["block_sizes"] = {**item["block_sizes"], -1: BLOCK_SIZE}
-    result["quant_cfg"].append({"quantizer_name": "*output_layer*", "enable": False})
     # With "debug" ModelOpt keeps its losses.
-    result["algorithm"] = {"method": "awq_lite", "debug": True} if algorithm else None
-    return result
+    method = {"method": "awq_lite", "debug": True} if algorithm else None
+    recipe = named_config(name).with_block_size(BLOCK_SIZE).with_algorithm(method)
+    return to_modelopt(recipe.with_entries(QuantizerEntry("*output_layer*", enable=False), *more))
 
 
 class Feedforward(nn.Module):
@@ -277,10 +271,9 @@ def test_quantizer_state_can_be_restored() -> None:
 
 def test_dynamic_input_quantizers_are_left_as_they_are() -> None:
     model, batches = feedforward(), text()
-    settings = config("INT4_AWQ_CFG", algorithm=False)
-    per_token = {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: None}}
-    settings["quant_cfg"].append({"quantizer_name": "*input_quantizer", "cfg": per_token})
-    mtq.quantize(model, settings)
+    attributes = {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: None}}
+    per_token = QuantizerEntry("*input_quantizer", attributes, enable=True)
+    mtq.quantize(model, config("INT4_AWQ_CFG", per_token, algorithm=False))
     awq_calibrate(model, loop_over(batches))
     assert model.up.input_quantizer.amax is None
     assert model.up.input_quantizer.is_enabled
@@ -336,9 +329,8 @@ def test_a_scaled_model_is_refused() -> None:
 
 def test_inputs_quantized_in_blocks_are_refused() -> None:
     model = feedforward()
-    settings = config("INT4_AWQ_CFG", algorithm=False)
-    blocks = {"num_bits": 8, "block_sizes": {-1: BLOCK_SIZE}}
-    settings["quant_cfg"].append({"quantizer_name": "*input_quantizer", "cfg": blocks})
-    mtq.quantize(model, settings)
+    attributes = {"num_bits": 8, "block_sizes": {-1: BLOCK_SIZE}}
+    blocks = QuantizerEntry("*input_quantizer", attributes, enable=True)
+    mtq.quantize(model, config("INT4_AWQ_CFG", blocks, algorithm=False))
     with pytest.raises(UnsupportedModelError, match=r"up\.input_quantizer"):
         awq_calibrate(model, loop_over(text(1)))

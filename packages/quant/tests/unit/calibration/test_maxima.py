@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from slimtron_common.integrations.modelopt import named_config, to_modelopt
 from slimtron_quant.calibration.maxima import collecting_maxima
 
 
@@ -39,11 +40,7 @@ def scales(layers: nn.Module) -> dict[str, Tensor]:
     ["FP8_DEFAULT_CFG", "INT8_DEFAULT_CFG", "INT8_SMOOTHQUANT_CFG", "W4A8_AWQ_BETA_CFG"],
 )
 def test_scales_are_those_of_modelopt(name: str) -> None:
-    config = copy.deepcopy(getattr(mtq, name))
-    for entry in config["quant_cfg"]:
-        for item in entry["cfg"] if isinstance(entry.get("cfg"), list) else []:
-            if item.get("block_sizes"):
-                item["block_sizes"] = {-1: 16}
+    config = to_modelopt(named_config(name).with_block_size(16))
     upstream = mtq.quantize(model(), copy.deepcopy(config), run)
     ours = mtq.quantize(model(), config, collecting_maxima(run))
 

@@ -17,6 +17,7 @@ from slimtron_common.models import Architecture
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import ParallelContext, forward_only, initialize_parallel
 from slimtron_common.testing import write_tiny_model
+from slimtron_common.testing.versions import needs
 from slimtron_quant.export.folding import fold_input_factors, input_factor
 
 TOKENS = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -87,6 +88,7 @@ def test_the_model_stays_the_same(
     assert _left(scaled) == experts | (set() if shared else {"linear_proj"})
 
 
+@needs("nvidia-modelopt", "0.47", what="set_quantizer_attributes_full")
 @pytest.mark.parametrize("family", ["llama", "nemotron"])
 def test_codes_of_a_quantized_producer_stay(
     family: str, context: ParallelContext, tmp_path: Path

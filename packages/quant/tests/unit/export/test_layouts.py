@@ -10,10 +10,6 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
-from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
-    register_quant_backend,
-    unregister_quant_backend,
-)
 from torch import Tensor, nn
 
 from slimtron_common.checkpoint import Checkpoint, open_checkpoint
@@ -23,10 +19,13 @@ from slimtron_common.errors import CheckpointError, VerificationError
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import ParallelContext, forward_only, initialize_parallel
 from slimtron_common.testing import write_tiny_model
+from slimtron_common.testing.versions import needs
 from slimtron_quant import calibration_loop
 from slimtron_quant.errors import CalibrationError
 from slimtron_quant.export.kinds import write_export
 from slimtron_quant.export.reader import ExportedModel
+
+pytestmark = needs("nvidia-modelopt", "0.47", what="backends for quantizers")
 
 SHAPE = {
     "hidden_size": 256,
@@ -76,6 +75,11 @@ def emulated(x: Tensor, quantizer: Any) -> Tensor:
 
 @pytest.fixture(scope="module")
 def context() -> Iterator[ParallelContext]:
+    from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
+        register_quant_backend,
+        unregister_quant_backend,
+    )
+
     register_quant_backend("emulated", emulated)
     with initialize_parallel(device="cpu") as context:
         yield context

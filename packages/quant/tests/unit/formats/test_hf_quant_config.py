@@ -7,9 +7,12 @@ from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_form
 from modelopt.torch.export.quant_utils import process_layer_quant_config
 
 from slimtron_common.errors import ConfigError
+from slimtron_common.testing.versions import needs
 from slimtron_quant.formats import FORMATS, format_named
 from slimtron_quant.formats.detect import LayerFormat
 from slimtron_quant.formats.hf_quant_config import config_json_quantization, hf_quant_config
+
+NEWER = needs("nvidia-modelopt", "0.47", what="the format")
 
 Spec = LayerFormat | None
 FP8, INT4 = LayerFormat("fp8"), LayerFormat("int4", 64)
@@ -31,9 +34,13 @@ def layers(quantized: Spec, others: dict[str, Spec] | None = None) -> dict[str, 
         (LayerFormat("w4a8_awq", 64, has_input_factor=True), "w4a8_awq"),
         (LayerFormat("nvfp4"), "nvfp4"),
         (LayerFormat("nvfp4", has_input_factor=True), "nvfp4_awq"),
-        (LayerFormat("w4a16_nvfp4"), "w4a16_nvfp4"),
+        pytest.param(
+            LayerFormat("w4a16_nvfp4"),
+            "w4a16_nvfp4",
+            marks=NEWER,
+        ),
         (LayerFormat("mxfp4"), "mxfp4"),
-        (LayerFormat("mxfp8"), "mxfp8"),
+        pytest.param(LayerFormat("mxfp8"), "mxfp8", marks=NEWER),
     ],
 )
 def test_says_what_modelopt_says(spec: Spec, modelopt_format: str) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from slimtron_common.errors import CheckpointError
 from slimtron_common.integrations.modelopt import make_quantizer
 from slimtron_common.models.architecture import Architecture
+from slimtron_common.testing.versions import needs
 from slimtron_quant.calibration.kv_cache import raise_kv_scales
 from slimtron_quant.export.kv_cache import kv_cache_scales
 from slimtron_quant.formats.detect import LayerFormat
@@ -73,6 +74,7 @@ def test_raised_scales_are_those_of_modelopts_megatron_export() -> None:
     assert kv_cache_scales(fine)["model.layers.5.self_attn.v_proj.v_scale"] == 12.5 / 448
 
 
+@needs("nvidia-modelopt", "0.47", what="constant scales of the KV cache")
 def test_a_constant_scale_is_one() -> None:
     stage = model("fp8", 1.0, 1.0)
     for quantizer in attention_of(stage).children():

@@ -20,10 +20,12 @@ from slimtron_common.manifest import read_manifest, verify_manifest
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import initialize_parallel
 from slimtron_common.report import read_report
+from slimtron_common.testing.versions import needs
 from slimtron_quant.__main__ import main
 from slimtron_quant.export.reader import ExportedModel
 
 SCRIPT = Path(__file__).parents[5] / "examples" / "quantize" / "qat.py"
+pytestmark = needs("nvidia-modelopt", "0.47", what="layers that keep quantizers without pickling")
 TEXT = ("--eval-tokens", "192", "--eval-seq-len", "32")
 
 

@@ -76,7 +76,7 @@ FLAGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ("quantization.algorithm", "did you mean FP8_DEFAULT_CFG"),
     ),
     "config that no format holds": (
-        ["--recipe", "modelopt:INT8_WEIGHT_ONLY_CFG"],
+        ["--recipe", "modelopt:MXFP6_DEFAULT_CFG"],
         ("quantization.algorithm", "no format on disk"),
     ),
     "missing recipe file": (["--recipe", "nothing.yaml"], ("nothing.yaml", "cannot be read")),

@@ -48,7 +48,8 @@ def test_both_formats_are_modelopts(qformat: str, name: str) -> None:
     found = named_kv_cache(qformat)
     assert found.qformat == qformat
     assert found.needs_calibration
-    (entry,) = named_config(name).entries
+    # ModelOpt 0.37 also says that other quantizers of its configs are off.
+    entry = next(e for e in named_config(name).entries if "bmm" in e.pattern)
     assert (found.entry.pattern, found.entry.attributes) == (entry.pattern, entry.attributes)
 
 

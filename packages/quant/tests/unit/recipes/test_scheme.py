@@ -13,6 +13,7 @@ from torch import nn
 from slimtron_common.errors import ConfigError
 from slimtron_common.integrations.modelopt import named_config, to_modelopt
 from slimtron_common.models.architecture import Architecture, MixtureOfExperts
+from slimtron_common.testing.versions import needs
 from slimtron_quant.config import QuantizationConfig
 from slimtron_quant.recipes import (
     RECIPES,
@@ -22,6 +23,8 @@ from slimtron_quant.recipes import (
     quantization_scheme,
 )
 from slimtron_quant.recipes.settings import linear_settings
+
+NEWER = needs("nvidia-modelopt", "0.47", what="the config")
 
 # SmolLM2-135M's widths: 576 = 9 x 64 channels, 1536 in the feed-forward layer.
 SMOLLM = Architecture(
@@ -323,7 +326,10 @@ def test_awq_leaves_overridden_layers_alone() -> None:
         ("int4_awq", "w4a8_awq", "searches, as awq_lite does"),
         ("fp8", "int8_sq", "searches, as smoothquant does"),
         ("int8_sq", "fp8", "block_fp8, int4, w4a16_nvfp4"),
-        ("modelopt:NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG", "fp8", "mse calibrates the inputs"),
+        pytest.param(
+            *("modelopt:NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG", "fp8", "mse calibrates the inputs"),
+            marks=NEWER,
+        ),
         ("fp8", "modelopt:NVFP4_AWQ_LITE_CFG", "searches"),
         ("fp8", "modelopt:NOTHING", "no such config"),
     ],
@@ -368,7 +374,12 @@ def test_fixed_blocks_divide_the_layers(name: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["MXFP6_DEFAULT_CFG", "INT8_WEIGHT_ONLY_CFG", "NVFP4_SVDQUANT_DEFAULT_CFG"]
+    "name",
+    [
+        "MXFP6_DEFAULT_CFG",
+        pytest.param("INT8_WEIGHT_ONLY_CFG", marks=NEWER),
+        "NVFP4_SVDQUANT_DEFAULT_CFG",
+    ],
 )
 def test_what_no_format_holds_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="no format on disk holds") as error:
@@ -376,6 +387,7 @@ def test_what_no_format_holds_is_refused(name: str) -> None:
     assert error.value.where == "algorithm"
 
 
+@NEWER
 def test_a_config_that_names_no_layer() -> None:
     with pytest.raises(ConfigError, match="names no linear layer") as error:
         scheme("modelopt:NVFP4_EXPERTS_ONLY_CFG")
@@ -388,7 +400,17 @@ def test_a_config_of_modelopts_may_leave_layers_out() -> None:
     assert set(found.reasons.values()) == {"modelopt:NVFP4_MLP_ONLY_CFG leaves it out"}
 
 
-@pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if r.needs_cuda])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            n,
+            marks=NEWER if n == "w4a16_nvfp4" else (),
+        )
+        for n, r in RECIPES.items()
+        if r.needs_cuda
+    ],
+)
 def test_cuda_only_recipes_are_refused_on_the_cpu(name: str) -> None:
     found = scheme(name)
     found.check_device("cuda")

@@ -5,9 +5,11 @@ import pytest
 
 from slimtron_common.errors import ConfigError
 from slimtron_common.integrations.modelopt import config_names, named_config, recipe_names
+from slimtron_common.testing.versions import needs
 from slimtron_quant.recipes.sources import load_source, modelopt_names
 
 
+@needs("nvidia-modelopt", "0.47", what="INT8_WEIGHT_ONLY_CFG")
 def test_properties_are_derived_from_the_entries() -> None:
     recipe = load_source("modelopt:NVFP4_MLP_ONLY_CFG").recipe
     assert (recipe.weight_bits, recipe.activation_bits, recipe.block_size) == (4, 4, 16)
@@ -29,9 +31,9 @@ IN_ATTENTION = [name for name in config_names() if "_KV_" in name or "_MHA_" in 
 def test_every_other_config_of_modelopt(name: str) -> None:
     source = load_source(f"modelopt:{name}")
     assert source.config == named_config(name)
-    needs = mtq.need_calibration(getattr(mtq, name))
+    needed = mtq.need_calibration(getattr(mtq, name))
     if source.recipe.weight_bits < 16 and source.config.algorithm is not None:
-        assert source.recipe.needs_calibration == needs
+        assert source.recipe.needs_calibration == needed
 
 
 def test_recipe_files_that_come_with_modelopt() -> None:
