@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from slimtron_common.errors import ConfigError
 from slimtron_common.models import Architecture
 from slimtron_prune.scoring.scores import Scores
+from slimtron_prune.targets import kept_pattern
 
 __all__ = ["Axis", "Selection", "select", "select_layers"]
 
@@ -210,13 +210,7 @@ def _with_pattern(
     """Lets a hybrid's pattern follow the layers that are kept."""
     if source.hybrid is None or target.hybrid is None:
         return target
-    pattern = source.hybrid.keep(layers).pattern
-    if "M" not in pattern:
-        raise ConfigError(
-            "no Mamba layer of the hybrid would be left",
-            found=f"layers {pattern} of {source.hybrid.pattern}",
-            hint="keep more layers, or name those that go with drop_layers",
-        )
+    pattern = kept_pattern(source.hybrid, layers)
     return replace(target, hybrid=replace(target.hybrid, pattern=pattern))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from slimtron_common.models import Architecture
 from slimtron_common.models.architecture import Hybrid
 from slimtron_prune.config import PruningConfig
 
-__all__ = ["WIDTH_MULTIPLE", "target_architecture"]
+__all__ = ["WIDTH_MULTIPLE", "kept_pattern", "target_architecture"]
 
 WIDTH_MULTIPLE = 8
 """Tensor cores multiply matrices whose sizes are multiples of this."""
@@ -94,7 +95,24 @@ def _without_layers(source: Architecture, dropped: list[int]) -> Architecture:
     if len(dropped) == source.num_layers:
         raise ConfigError("no layer would be left", where="drop_layers", found=dropped)
     left = [n for n in range(source.num_layers) if n + 1 not in dropped]
-    return replace(source, num_layers=len(left), hybrid=source.hybrid and source.hybrid.keep(left))
+    hybrid = source.hybrid and replace(source.hybrid, pattern=kept_pattern(source.hybrid, left))
+    return replace(source, num_layers=len(left), hybrid=hybrid)
+
+
+def kept_pattern(hybrid: Hybrid, layers: Sequence[int]) -> str:
+    """Returns the pattern of the layers that are left of a hybrid, counted from 0.
+
+    Raises:
+        ConfigError: None of them is a Mamba layer.
+    """
+    pattern = "".join(hybrid.pattern[n] for n in layers)
+    if "M" not in pattern:
+        raise ConfigError(
+            "no Mamba layer of the hybrid would be left",
+            found=f"layers {pattern} of {hybrid.pattern}",
+            hint="keep more layers, or name those that go with drop_layers",
+        )
+    return pattern
 
 
 def _target_hybrid(source: Architecture, config: PruningConfig) -> Hybrid | None:
@@ -116,7 +134,7 @@ def _target_hybrid(source: Architecture, config: PruningConfig) -> Hybrid | None
     if width is not None:
         _check_size("target_mamba_head_dim", width, hybrid.mamba_head_dim, width=True)
         hybrid = replace(hybrid, mamba_head_dim=width)
-    return hybrid.keep(range(config.target_num_layers or source.num_layers))
+    return replace(hybrid, pattern=hybrid.pattern[: config.target_num_layers])
 
 
 def _refuse_absent(source: Architecture, config: PruningConfig) -> None:

@@ -34,19 +34,22 @@ def batches(rank: int = 0, size: int = 1) -> list[torch.Tensor]:
     return list(tokens[rank::size].split(1))
 
 
+HYBRID_WIDTHS = PruningConfig(64, 48, 2, 2, target_mamba_num_heads=4, target_mamba_head_dim=8)
+
+
 def pruned(path: Path, layout: ParallelConfig, out: Path) -> dict[str, Any]:
     """Scores, and this stage's tensors and logits after pruning, by width and by a list."""
     checkpoint = open_checkpoint(f"hf:{path}")
     source = checkpoint.architecture
     found: dict[str, Any] = {}
-    out.mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     with initialize_parallel(layout, device="cpu") as context:
         own = batches(context.dp_rank, context.dp_size)
         for name, config in (
             ("scores", None),
-            ("widths", WIDTHS),
-            # Of two stages of two layers, the first keeps one.
-            ("layers", PruningConfig(drop_layers=[2])),
+            ("widths", HYBRID_WIDTHS if source.hybrid else WIDTHS),
+            # Of two stages of two layers, the first keeps one; a hybrid's stages stay equal.
+            ("layers", PruningConfig(drop_layers=[2, 6] if source.hybrid else [2])),
         ):
             model = build_model(source, context, dtype=torch.float32)
             checkpoint.load(model, context)
@@ -69,15 +72,20 @@ def pruned(path: Path, layout: ParallelConfig, out: Path) -> dict[str, Any]:
             save_pruned_model(model, out / name, model_dir=path)
         if context.pp_size > 1:
             model = build_model(source, context, dtype=torch.float32)
-            with pytest.raises(ParallelismError, match="no layer left"):
-                prune_language_model(model, PruningConfig(drop_layers=[1, 2]))
+            dropped = [2] if source.hybrid else [1, 2]
+            message = "equally many layers" if source.hybrid else "no layer left"
+            with pytest.raises(ParallelismError, match=message):
+                prune_language_model(model, PruningConfig(drop_layers=dropped))
     return found
 
 
 def on_rank(
-    rank: int, world_size: int, path: Path, layouts: dict[str, ParallelConfig], folder: Path
-) -> dict[str, Any]:
-    return {name: pruned(path, layout, folder / name) for name, layout in layouts.items()}
+    rank: int, world_size: int, paths: list[Path], layouts: dict[str, ParallelConfig], folder: Path
+) -> list[dict[str, Any]]:
+    return [
+        {name: pruned(path, layout, folder / name / path.name) for name, layout in layouts.items()}
+        for path in paths
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +94,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_layout_makes_the_same_model(tiny: Path, tmp_path: Path) -> None:
-    expected = pruned(tiny, ParallelConfig(), tmp_path / "alone")
-    results = run_ranks(on_rank, 2, tiny, LAYOUTS, tmp_path)
+    hybrid = write_tiny_model(tmp_path / "models" / "hybrid", "nemotron_h", tokenizer=False)
+    paths = [tiny, hybrid]
+    results = run_ranks(on_rank, 2, paths, LAYOUTS, tmp_path)
+    for number, path in enumerate(paths):
+        expected = pruned(path, ParallelConfig(), tmp_path / "alone" / path.name)
+        check_layouts(expected, [result[number] for result in results], tmp_path, path.name)
+
+
+def check_layouts(
+    expected: dict[str, Any], results: list[dict[str, Any]], folder: Path, model: str
+) -> None:
     for layout in LAYOUTS:
         seen: dict[str, dict[str, torch.Tensor]] = {"widths": {}, "layers": {}}
         for rank in (result[layout] for result in results):
@@ -104,8 +121,11 @@ def test_every_layout_makes_the_same_model(tiny: Path, tmp_path: Path) -> None:
             for key, value in expected[name]["tensors"].items():
                 torch.testing.assert_close(tensors[key], value, rtol=1e-4, atol=1e-6)
             saved = {"alone", layout}
-            assert len({open_checkpoint(f"megatron:{tmp_path / s / name}").architecture.num_layers
-                        for s in saved}) == 1  # fmt: skip
+            depths = {
+                open_checkpoint(f"megatron:{folder / s / model / name}").architecture.num_layers
+                for s in saved
+            }
+            assert len(depths) == 1
 
 
 def run_command(rank: int, world_size: int, arguments: list[list[str]]) -> list[int]:
