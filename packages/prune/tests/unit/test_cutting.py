@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 from slimtron_common.checkpoint import open_checkpoint
+from slimtron_common.checkpoint.huggingface import write_json
 from slimtron_common.models import Architecture
 from slimtron_common.models.huggingface import config_from_architecture
 from slimtron_common.testing import write_tiny_model
@@ -104,9 +105,11 @@ def test_transformers_has_a_place_for_every_tensor(
         moe=moe,
         hybrid=source.hybrid and replace(source.hybrid, mamba_num_heads=6, mamba_head_dim=8),
     )
-    cutter = Cutter(select(target, random_scores(source)))
+    selection = select(target, random_scores(source))
+    cutter = Cutter(selection)
     tensors = dict(cutter.tensors(checkpoint.tensors.read))  # type: ignore[attr-defined]
-    config = transformers.AutoConfig.for_model(**config_from_architecture(target))
+    write_json(tmp_path / "config.json", config_from_architecture(selection.target))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
     model = transformers.AutoModelForCausalLM.from_config(config)
     if source.moe is None:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

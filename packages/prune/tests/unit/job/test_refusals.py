@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,6 +101,31 @@ def test_experts_are_scored_without_tensor_parallelism(
     sizes = ("--num-moe-experts", "2", "--tp", "2", "--model", f"hf:{model}")
     assert main(arguments("run", *sizes)) == 2
     assert "1 for a mixture of experts" in capsys.readouterr().err
+
+
+def test_what_hybrids_cannot_do(
+    arguments: Arguments,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = ("--model", f"hf:{write_tiny_model(tmp_path / 'hybrid', 'nemotron_h')}")
+
+    def refused(*more: str) -> str:
+        assert main(arguments("run", *more, *model)) == 2
+        return capsys.readouterr().err
+
+    assert "knows transformers alone" in refused("--target-ratio", "0.8")
+    assert "no Mamba layer of the hybrid" in refused("--drop-layers", "1,3,5")
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        assert "equally many of the hybrid's 5" in refused("--num-layers", "5", "--pp", "2")
+        find_spec = importlib.util.find_spec
+        patch.setenv("WORLD_SIZE", "1")
+        patch.setattr(
+            importlib.util, "find_spec", lambda name: None if name == "einops" else find_spec(name)
+        )
+        assert "pip install einops" in refused("--num-layers", "5")
 
 
 def test_scores_of_another_model(
