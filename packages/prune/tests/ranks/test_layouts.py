@@ -163,3 +163,37 @@ def test_the_job_in_every_layout(tiny: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(
         shallower.read(layer), one.read(layer.replace("0", "1")), rtol=1e-5, atol=0
     )
+
+
+def test_experts_that_are_shared_out_are_scored_and_pruned_alike(tmp_path: Path) -> None:
+    from slimtron_common.checkpoint.huggingface import SafetensorsDirectory
+    from slimtron_prune.scoring.scores import load_scores
+
+    model = write_tiny_model(tmp_path / "model", "qwen2_moe")
+    text = [
+        *("--model", f"hf:{model}", "--data", "pydoc", "--device", "cpu", "-q"),
+        *("--score-tokens", "192", "--score-seq-len", "32", "--score-batch-size", "1"),
+    ]
+    sizes = [
+        *("--num-moe-experts", "2", "--moe-ffn-hidden-size", "24", "--hidden-size", "48"),
+        *("--moe-shared-expert-intermediate-size", "32", "--eval-tokens", "128"),
+        *("--eval-seq-len", "32"),
+    ]
+    jobs = {"score": ["score", *text], "run": ["run", *text, *sizes]}
+
+    def to(name: str) -> list[list[str]]:
+        return [[*job, "--out", str(tmp_path / f"{kind}-{name}")] for kind, job in jobs.items()]
+
+    assert [main(command) for command in to("alone")] == [0, 0]
+    shared_out = [[*command, "--ep", "2"] for command in to("shared")]
+    assert run_ranks(run_command, 2, shared_out) == [[0, 0]] * 2
+    architecture = open_checkpoint(f"hf:{model}").architecture
+    alone, shared = (
+        load_scores(tmp_path / f"score-{name}", architecture).sums for name in ("alone", "shared")
+    )
+    for name, value in alone.items():
+        torch.testing.assert_close(shared[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    one, other = (SafetensorsDirectory(tmp_path / f"run-{name}") for name in ("alone", "shared"))
+    assert other.names == one.names
+    for tensor in one.names:
+        torch.testing.assert_close(other.read(tensor), one.read(tensor), rtol=1e-5, atol=0)

@@ -290,11 +290,9 @@ def _chosen_by(plan: PrunePlan) -> str:
 
 
 def _machine(model: OpenModel) -> dict[str, str]:
-    parallel = model.config.parallel
     return {
         "Computed in": f"{model.dtype} on {model.device}".replace("torch.", ""),
-        "Layout": f"tensor {parallel.tensor_parallel_size}, pipeline "
-        f"{parallel.pipeline_parallel_size}, {model.world_size} process(es)",
+        "Layout": model.config.parallel.describe(model.world_size),
         "Seed": str(model.config.seed),
         "Versions": ", ".join(f"{k} {v}" for k, v in environment_versions().items()),
     }

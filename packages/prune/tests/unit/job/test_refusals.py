@@ -85,9 +85,27 @@ def test_layouts_of_the_smaller_model(
     assert "1 attention heads" in capsys.readouterr().err
     assert main(arguments("run", "--num-layers", "1", "--pp", "2")) == 2
     assert "every pipeline stage needs one" in capsys.readouterr().err
-    expert = ("--set", "parallel.expert_parallel_size=2")
-    assert main(arguments("run", "--num-layers", "3", *expert)) == 2
+    context = ("--set", "parallel.context_parallel_size=2")
+    assert main(arguments("run", "--num-layers", "3", *context)) == 2
     assert "opens in any layout" in capsys.readouterr().err
+    assert main(arguments("run", "--num-layers", "3", "--ep", "2")) == 2
+    assert "this model is dense" in capsys.readouterr().err
+
+
+def test_layouts_of_experts(
+    arguments: Arguments,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = write_tiny_model(tmp_path / "mixture", "mixtral")
+    shared_out = ("--ep", "2", "--model", f"hf:{model}")
+    assert main(arguments("run", "--num-moe-experts", "3", *shared_out)) == 2
+    assert "divide the model's 3 experts" in capsys.readouterr().err
+    odd = ("--score-tokens", "96", "--score-batch-size", "1")
+    assert main(arguments("run", "--num-moe-experts", "2", *shared_out, *odd)) == 2
+    assert "3 sequences for 2 processes" in capsys.readouterr().err
 
 
 def test_experts_are_scored_without_tensor_parallelism(
