@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 
 from slimtron_common.checkpoint import open_checkpoint
 from slimtron_common.checkpoint.weights import whole_tensors
@@ -94,8 +95,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_layout_makes_the_same_model(tiny: Path, tmp_path: Path) -> None:
-    hybrid = write_tiny_model(tmp_path / "models" / "hybrid", "nemotron_h", tokenizer=False)
-    paths = [tiny, hybrid]
+    paths = [tiny]
+    if hasattr(transformers, "NemotronHConfig"):
+        hybrid = tmp_path / "models" / "hybrid"
+        paths.append(write_tiny_model(hybrid, "nemotron_h", tokenizer=False))
     results = run_ranks(on_rank, 2, paths, LAYOUTS, tmp_path)
     for number, path in enumerate(paths):
         expected = pruned(path, ParallelConfig(), tmp_path / "alone" / path.name)

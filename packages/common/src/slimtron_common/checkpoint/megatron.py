@@ -192,7 +192,7 @@ def write_megatron(
         (index, name): tensor
         for index, chunk in enumerate(chunks)
         for name, tensor in _in_type(
-            _sharded_weights(chunk), dict(chunk.named_parameters()), written
+            _sharded_weights(chunk), dict(chunk.named_parameters()), dtype
         ).items()
     }
     quantized = is_quantized(chunks[0])
@@ -218,12 +218,13 @@ def _sharded_weights(model: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _in_type(
-    sharded: dict[str, Any], parameters: dict[str, nn.Parameter], dtype: torch.dtype
+    sharded: dict[str, Any], parameters: dict[str, nn.Parameter], dtype: torch.dtype | None
 ) -> dict[str, Any]:
     for name in sharded.keys() & parameters.keys():
         item = sharded[name]
-        item.data = item.data.detach().to(dtype)
+        # Without a type each keeps its own: Megatron-Core has some of a Mamba layer in float32.
+        item.data = item.data.detach().to(dtype or item.data.dtype)
         if hasattr(item, "dtype"):
             # What builds several tensors out of one asks that one.
-            item.dtype = dtype
+            item.dtype = item.data.dtype
     return sharded

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from slimtron_common.checkpoint import open_checkpoint
 from slimtron_common.manifest import write_manifest
@@ -140,6 +141,9 @@ def test_what_hybrids_cannot_do(
         assert "equally many of the hybrid's 5" in refused("--num-layers", "5", "--pp", "2")
         find_spec = importlib.util.find_spec
         patch.setenv("WORLD_SIZE", "1")
+        known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+        patch.delitem(known, "nemotron_h")
+        assert "does not know nemotron_h yet" in refused("--num-layers", "5")
         patch.setattr(
             importlib.util, "find_spec", lambda name: None if name == "einops" else find_spec(name)
         )

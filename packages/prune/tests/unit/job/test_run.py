@@ -201,6 +201,24 @@ def test_hybrids(tmp_path: Path) -> None:
     assert main(["verify", str(again)]) == 0
 
 
+def test_what_a_hybrid_has_in_float32_stays_so(tmp_path: Path) -> None:
+    """The decay of Mamba heads beside weights in bfloat16, through both kinds of checkpoints."""
+    model = write_tiny_model(tmp_path / "model", "nemotron_h", dtype="bfloat16")
+    tensors = load_file(model / "model.safetensors")
+    name = "backbone.layers.2.mixer.A_log"
+    # What bfloat16 would round.
+    tensors[name] = tensors[name].float() + 1e-4
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    dist, again = tmp_path / "dist", tmp_path / "again"
+    more = (*EVALUATION, "--dtype", "bfloat16", "--drop-layers", "1")
+    assert main(build("run", model, dist, *more, "--export-format", "megatron")) == 0
+    arguments = build("run", model, again, *more)
+    arguments[arguments.index("--model") + 1] = f"megatron:{dist}"
+    assert main(arguments) == 0
+    found = load_file(again / "model.safetensors")["backbone.layers.0.mixer.A_log"]
+    assert torch.equal(found, tensors[name])
+
+
 def test_search_for_a_budget(tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     more = ("--target-params", "110K", "--candidates", "3", "--bound", "num_layers=3:4")
