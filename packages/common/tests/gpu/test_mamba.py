@@ -9,8 +9,8 @@ import torch
 
 from slimtron_common.checkpoint import open_checkpoint
 from slimtron_common.integrations.mamba import import_mamba_mixer
+from slimtron_common.integrations.mamba_scan import split_conv_scan
 from slimtron_common.models.megatron import build_model
-from slimtron_common.models.scan import split_conv_scan
 from slimtron_common.parallel import forward_only, initialize_parallel
 from slimtron_common.testing import write_tiny_model
 

@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from slimtron_common.errors import ConfigError
 from slimtron_common.models import Architecture
+from slimtron_common.models.architecture import Hybrid
 from slimtron_prune.scoring.scores import Scores
-from slimtron_prune.targets import kept_pattern
 
-__all__ = ["Axis", "Selection", "select", "select_layers"]
+__all__ = ["Axis", "Selection", "kept_pattern", "select", "select_layers"]
 
 Axis = Literal[
     "hidden",
@@ -202,6 +203,22 @@ def select_layers(source: Architecture, target: Architecture, dropped: set[int])
     layers = tuple(n for n in range(source.num_layers) if n + 1 not in dropped)
     target = _with_pattern(source, target, layers)
     return Selection(source=source, target=target, layers=layers)
+
+
+def kept_pattern(hybrid: Hybrid, layers: Sequence[int]) -> str:
+    """Returns the pattern of the layers that are left of a hybrid, counted from 0.
+
+    Raises:
+        ConfigError: None of them is a Mamba layer.
+    """
+    pattern = "".join(hybrid.pattern[n] for n in layers)
+    if "M" not in pattern:
+        raise ConfigError(
+            "no Mamba layer of the hybrid would be left",
+            found=f"layers {pattern} of {hybrid.pattern}",
+            hint="keep more layers, or name those that go with drop_layers",
+        )
+    return pattern
 
 
 def _with_pattern(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +9,9 @@ from slimtron_common.errors import ConfigError
 from slimtron_common.models import Architecture
 from slimtron_common.models.architecture import Hybrid
 from slimtron_prune.config import PruningConfig
+from slimtron_prune.selection import kept_pattern
 
-__all__ = ["WIDTH_MULTIPLE", "kept_pattern", "target_architecture"]
+__all__ = ["WIDTH_MULTIPLE", "target_architecture"]
 
 WIDTH_MULTIPLE = 8
 """Tensor cores multiply matrices whose sizes are multiples of this."""
@@ -97,22 +97,6 @@ def _without_layers(source: Architecture, dropped: list[int]) -> Architecture:
     left = [n for n in range(source.num_layers) if n + 1 not in dropped]
     hybrid = source.hybrid and replace(source.hybrid, pattern=kept_pattern(source.hybrid, left))
     return replace(source, num_layers=len(left), hybrid=hybrid)
-
-
-def kept_pattern(hybrid: Hybrid, layers: Sequence[int]) -> str:
-    """Returns the pattern of the layers that are left of a hybrid, counted from 0.
-
-    Raises:
-        ConfigError: None of them is a Mamba layer.
-    """
-    pattern = "".join(hybrid.pattern[n] for n in layers)
-    if "M" not in pattern:
-        raise ConfigError(
-            "no Mamba layer of the hybrid would be left",
-            found=f"layers {pattern} of {hybrid.pattern}",
-            hint="keep more layers, or name those that go with drop_layers",
-        )
-    return pattern
 
 
 def _target_hybrid(source: Architecture, config: PruningConfig) -> Hybrid | None:

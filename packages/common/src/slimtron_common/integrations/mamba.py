@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtron_common.errors import MissingDependencyError
-from slimtron_common.models.scan import gated_rms_norm, split_conv_scan
+from slimtron_common.integrations.mamba_scan import gated_rms_norm, split_conv_scan
 
 __all__ = ["check_mamba", "import_mamba_mixer"]
 

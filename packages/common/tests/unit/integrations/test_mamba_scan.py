@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimtron_common.models.scan import gated_rms_norm, split_conv_scan
+from slimtron_common.integrations.mamba_scan import gated_rms_norm, split_conv_scan
 
 HEADS, WIDTH, GROUPS, STATES, LENGTH = 4, 3, 2, 5, 23
 INNER = HEADS * WIDTH
