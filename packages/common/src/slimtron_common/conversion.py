@@ -106,13 +106,7 @@ def plan_conversion(
     check_context_parallel(parallel.context_parallel_size)
     kind, path = parse_spec(target, where="DST", kinds=WRITTEN_KINDS)
     checkpoint = open_checkpoint(source, where="SRC")
-    if checkpoint.is_quantized:
-        raise ConfigError(
-            "the checkpoint holds quantizers, which a conversion would lose",
-            where="SRC",
-            found=source,
-            hint="`slimtron-quant export` writes it for inference engines",
-        )
+    checkpoint.check_unquantized("SRC", loss="a conversion would lose")
     written = checkpoint.compute_dtype(dtype, "") if dtype else checkpoint.dtype
     if kind == checkpoint.kind and written == checkpoint.dtype:
         raise ConfigError(

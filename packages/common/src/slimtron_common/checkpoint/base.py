@@ -118,6 +118,9 @@ class Checkpoint(ABC):
     is_quantized = False
     """Whether ``load`` gives the model quantizers."""
 
+    weights_are_bytes = False
+    """Whether all that these round fits into eight bits a weight."""
+
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         if not path.is_dir():
             found = "a file" if path.exists() else "nothing"
@@ -149,6 +152,24 @@ class Checkpoint(ABC):
             for _, rule in model_parameters(self.architecture)
             for shape in rule.hf_shapes
         )
+
+    def check_unquantized(self, where: str, *, loss: str) -> None:
+        """Checks that the checkpoint gives a model no quantizers.
+
+        Args:
+            where: The field that named the checkpoint, for the message.
+            loss: What would become of them.
+
+        Raises:
+            ConfigError: It holds quantizers.
+        """
+        if self.is_quantized:
+            raise ConfigError(
+                f"the checkpoint holds quantizers, which {loss}",
+                where=where,
+                found=f"{self.kind}:{self.path}",
+                hint="`slimtron-quant export` writes it for inference engines",
+            )
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from slimtron_common.integrations.modelopt_state import (
     restore_quantizers,
     write_modelopt_state,
 )
+from slimtron_common.integrations.modelopt_weights import weights_are_bytes
 from slimtron_common.manifest import write_manifest
 from slimtron_common.models.architecture import Architecture
 from slimtron_common.models.huggingface import config_from_architecture
@@ -78,6 +79,8 @@ class MegatronCheckpoint(Checkpoint):
                 where=state / COMMON_STATE,
                 hint="copy the folder along with the weights",
             )
+
+        self.weights_are_bytes = self.is_quantized and weights_are_bytes(self.weights)
 
     @property
     def weight_bytes(self) -> int:

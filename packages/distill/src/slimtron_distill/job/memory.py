@@ -40,18 +40,33 @@ def training_memory(
     optimizer = (8 if dtype is torch.float32 else 12) * trained / data_parallel_size
     tokens = config.training.micro_batch_size * config.training.seq_length
     columns = student.architecture.vocab_size / config.parallel.tensor_parallel_size
-    # Both models' logits, the student's gradient, and a float32 copy for the loss.
-    logits = tokens * columns * (3 * dtype.itemsize + 4)
+    logits = 2.0 * tokens * columns * dtype.itemsize
+    if teacher is not None and config.distillation.skip_lm_loss:
+        # The student's become their gradient.
+        logits = min(logits, config.training.logit_bytes)
+    else:
+        # And the student's gradient, and a float32 copy for the loss.
+        logits += tokens * columns * (dtype.itemsize + 4)
     flash = device == "cuda" and config.layer_spec != "local" and transformer_engine_available()
     return {
         "student": trained * dtype.itemsize,
         "gradients": trained * 4.0,
         "optimizer": optimizer,
-        "teacher": shard_parameters(teacher, config.parallel) * dtype.itemsize if teacher else 0.0,
+        "teacher": _teacher(teacher, config, dtype) if teacher else 0.0,
         "logits": logits,
         "activations": _activations(config, student.architecture, dtype, flash=flash)
         + (_layer(config, teacher.architecture, dtype, scores=not flash) if teacher else 0.0),
     }
+
+
+def _teacher(teacher: Checkpoint, config: DistillJobConfig, dtype: torch.dtype) -> float:
+    parameters = shard_parameters(teacher, config.parallel)
+    if not teacher.weights_are_bytes:
+        return parameters * dtype.itemsize
+    a = teacher.architecture
+    whole = a.vocab_size * a.hidden_size * (1 if a.tied_embeddings else 2)
+    # Embedding and output layer are not quantized.
+    return parameters + whole / config.parallel.tensor_parallel_size * (dtype.itemsize - 1)
 
 
 def _activations(

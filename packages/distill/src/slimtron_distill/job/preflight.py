@@ -20,7 +20,7 @@ from slimtron_common.errors import (
 )
 from slimtron_common.evaluation.reference import reference_bytes
 from slimtron_common.integrations.versions import installed_versions
-from slimtron_common.memory import check_memory
+from slimtron_common.memory import check_memory, shard_parameters
 from slimtron_common.models.hybrid import refuse_hybrid
 from slimtron_common.parallel.context import (
     check_world_size,
@@ -136,6 +136,11 @@ def preflight(
     models = [student] if teacher is None else [student, teacher]
     for name, checkpoint in zip(("student", "teacher"), models, strict=False):
         refuse_hybrid(checkpoint.architecture, name)
+    if config.export.export_format == "hf":
+        student.check_unquantized(
+            "student", loss="an hf export would lose: --export-format megatron keeps them"
+        )
+    _check_modelopt(models)
     _check_layout(config, models)
     _check_lengths(config, models)
     teacher_facts, vocab_size = _teacher(config, student, teacher)
@@ -165,6 +170,10 @@ def preflight(
         hint="raise tensor_parallel_size or pipeline_parallel_size, lower micro_batch_size or "
         "seq_length, or set training.recompute",
     )
+    if teacher is not None and teacher.weights_are_bytes:
+        # The student comes when its weights are packed.
+        loading = shard_parameters(teacher, parallel) * dtype.itemsize
+        check_memory({"teacher": loading}, device, hint="raise tensor_parallel_size")
     held_out, training = open_text(config, student.tokenizer())
     if held_out.num_sequences < data_parallel_size:
         raise ConfigError(
@@ -201,6 +210,16 @@ def _check_tensorboard(config: DistillJobConfig) -> None:
             "TensorBoard is not installed",
             where="logging.tensorboard",
             hint="pip install 'slimtron-distill[tensorboard]'",
+        )
+
+
+def _check_modelopt(models: Sequence[Checkpoint]) -> None:
+    quantized = [model.path for model in models if model.is_quantized]
+    if quantized and not installed_versions(("nvidia-modelopt",)):
+        raise MissingDependencyError(
+            "the checkpoint is quantized: NVIDIA ModelOpt computes its quantizers",
+            where=quantized[0],
+            hint="pip install 'slimtron-distill[qad]'",
         )
 
 
@@ -333,7 +352,7 @@ def _identity(
     training: TokenDataset,
 ) -> dict[str, Any]:
     settings = {k: v for k, v in to_dict(config).items() if k not in _CHANGEABLE}
-    for name in ("micro_batch_size", "recompute"):
+    for name in ("micro_batch_size", "recompute", "logit_memory"):
         del settings["training"][name]
     return {
         "config": settings,

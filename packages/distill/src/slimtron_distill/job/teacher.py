@@ -105,6 +105,7 @@ class JobTeacher:
                 self._context,
                 vocab_size=vocab_size,
                 shared_vocab_size=plan.vocab_size,
+                logit_bytes=plan.config.training.logit_bytes,
             )
         if self._context.is_main:
             cache.verify()

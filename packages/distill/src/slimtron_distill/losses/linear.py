@@ -64,7 +64,8 @@ def linear_kd_loss(
         vocab_size: As in `kd_loss`.
         main_grad: ``[v/tp, h]`` fp32, to which the gradient of the student's weight is added during
             this call: Megatron's ``weight.main_grad``. Backward marks the weight as Megatron's
-            fused layers do (``grad_added_to_main_grad``).
+            fused layers do (``grad_added_to_main_grad``), and heeds ``zero_out_wgrad``, the mark
+            of an embedding that is the output layer's weight, too.
         gradient_scale: The gradient that will arrive at the loss, loss scale over number of tokens
             say. Another one may come but with ``main_grad``; in fp16, tell it to avoid underflow.
         logit_bytes: Memory for the logits of a chunk; None takes a quarter of what is free.
@@ -287,5 +288,8 @@ def _settle(weight: Tensor, loss_gradient: Tensor, expected: float) -> Tensor:
             allowed=f"{float(loss_gradient)}, what arrived at the loss",
         )
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    # Megatron's hook waits for a gradient; it looks at the mark and drops this one unread.
+    if getattr(weight, "zero_out_wgrad", False):
+        # Megatron's hook adds this one nevertheless, for the embedding's gradient in it.
+        return torch.zeros_like(weight)
+    # The hook waits for a gradient; it looks at the mark and drops this one unread.
     return torch.empty_like(weight)

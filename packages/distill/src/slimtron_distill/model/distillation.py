@@ -29,6 +29,8 @@ class DistillationModel(MegatronModule):  # type: ignore[misc]
         matches: Pairs of hidden states that are compared on this chunk.
         schedule_config: A copy of the student's config that the schedule alone reads, to tell it
             the shape of what stages send; None where ``adjust_tensor_shapes_fn`` does.
+        with_logits: Whether the last stage computes logits in training; else its output layers
+            are left to the loss.
     """
 
     module: Any
@@ -41,6 +43,7 @@ class DistillationModel(MegatronModule):  # type: ignore[misc]
         *,
         matches: Sequence[HiddenMatch] = (),
         schedule_config: Any = None,
+        with_logits: bool = True,
     ) -> None:
         super().__init__(config=schedule_config or student.config)
         self.module = student
@@ -48,6 +51,7 @@ class DistillationModel(MegatronModule):  # type: ignore[misc]
         self.matches = nn.ModuleList(matches)  # type: ignore[assignment]
         self.packing = Packing.of(student.config, teacher.config)
         self.shape_in_config = schedule_config is not None
+        self.with_logits = with_logits
         # A tuple hides it from torch's bookkeeping of submodules.
         self._teacher = (teacher.eval().requires_grad_(False),)
         self.train(student.training)
@@ -97,8 +101,9 @@ class DistillationModel(MegatronModule):  # type: ignore[misc]
             **more: Other arguments of ``GPTModel``, for both.
 
         Returns:
-            In eval mode what the student puts out. In training the student's and the teacher's
-            logits, each ``[b, s, v/tp]``, on the last stage, and one packed tensor on the others.
+            In eval mode what the student puts out. In training one packed tensor, and on the last
+            stage a pair, the student's and the teacher's: of logits, each ``[b, s, v/tp]``, or
+            without them of the output layers' inputs, each ``[s, b, h]``.
         """
         inputs = tokens, position_ids, attention_mask
         if not self.training:
@@ -108,14 +113,19 @@ class DistillationModel(MegatronModule):  # type: ignore[misc]
             if loss_mask is None:
                 loss_mask = torch.ones_like(tokens, dtype=torch.float32)
             match.begin(loss_mask, intermediate_weight)
+        last_stage = self.module.post_process
         try:
+            for model in (self.module, self.teacher):
+                # To Megatron the output layer is what makes a stage the last one.
+                model.post_process = last_stage and self.with_logits
             with torch.no_grad():
                 teacher = self.teacher(*inputs, **more)
             student = self.module(*inputs, **more)
         finally:
+            self.module.post_process = self.teacher.post_process = last_stage
             for match in self.matches:
                 match.end()
-        if self.module.post_process:
+        if last_stage:
             return student, teacher
         return self.packing.pack(student, teacher)
 

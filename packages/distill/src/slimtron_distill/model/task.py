@@ -15,9 +15,11 @@ from slimtron_common.parallel import ParallelContext
 from slimtron_distill.config import DistillationConfig
 from slimtron_distill.hidden import gradient_scale, match_pairs
 from slimtron_distill.losses.kd import kd_loss
+from slimtron_distill.losses.linear import linear_kd_loss
 from slimtron_distill.mixing import INTERMEDIATE, LM, LOGITS, TOTAL, LossMixer
 from slimtron_distill.model.batch import cut_over_context
 from slimtron_distill.model.distillation import DistillationModel
+from slimtron_distill.model.head import linear_head, output_head
 from slimtron_distill.model.language import language_model_loss
 from slimtron_distill.model.shapes import get_tensor_shapes_adjust_fn_for_distillation
 
@@ -35,6 +37,7 @@ def distillation_task(
     vocab_size: int | None = None,
     shared_vocab_size: int | None = None,
     shape_in_config: bool | None = None,
+    logit_bytes: int | None = None,
 ) -> DistillationTask:
     """Puts a student and its teacher together.
 
@@ -49,6 +52,10 @@ def distillation_task(
         shape_in_config: Whether Megatron's schedule is to read the shape of what stages send from
             the config instead of ``adjust_tensor_shapes_fn``. None: where the pipeline is
             interleaved, whose schedule takes no function.
+        logit_bytes: Memory for logits in training: with it the loss is computed along with the
+            output layers, a chunk of tokens after another. That needs plain output layers, no
+            language-model loss, and sequences that are cut alike in both models: elsewhere, as
+            with None, all logits of a micro-batch exist.
 
     Raises:
         ConfigError: A layer to compare does not exist, or is computed again in the backward pass.
@@ -68,12 +75,20 @@ def distillation_task(
         shape_in_config = context.vpp_size > 1
     schedule_config = copy.copy(student_config) if shape_in_config else None
     scale = gradient_scale(schedule_config or student_config, context.device)
+    models = [*student_chunks, *teacher_chunks]
+    if (
+        not config.skip_lm_loss
+        or len({model.config.sequence_parallel for model in models}) > 1
+        or not all(map(linear_head, models))
+    ):
+        logit_bytes = None
     chunks = [
         DistillationModel(
             student,
             teacher,
             matches=match_pairs(student, teacher, config, context, scale),
             schedule_config=schedule_config,
+            with_logits=logit_bytes is None,
         )
         for student, teacher in zip(student_chunks, teacher_chunks, strict=True)
     ]
@@ -83,6 +98,7 @@ def distillation_task(
         context,
         vocab_size=vocab_size,
         shared_vocab_size=vocab_size if shared_vocab_size is None else shared_vocab_size,
+        logit_bytes=logit_bytes,
     )
 
 
@@ -95,6 +111,7 @@ class DistillationTask:
         context: This process's place.
         vocab_size: As ``distillation_task`` takes it.
         shared_vocab_size: As well.
+        logit_bytes: As well, where the chunks put out no logits.
     """
 
     def __init__(
@@ -105,6 +122,7 @@ class DistillationTask:
         *,
         vocab_size: int | None,
         shared_vocab_size: int | None,
+        logit_bytes: int | None = None,
     ) -> None:
         self.chunks: Sequence[nn.Module] = chunks
         self.student_chunks: Sequence[nn.Module] = [chunk.module for chunk in chunks]
@@ -115,6 +133,7 @@ class DistillationTask:
         self.mixer = LossMixer(config)
         self._config, self._context = config, context
         self._vocab_size, self._shared_vocab_size = vocab_size, shared_vocab_size
+        self._logit_bytes = logit_bytes
         self._matches = [match for chunk in chunks for match in chunk.matches]
         self._sequence_parallel = chunks[0].module.config.sequence_parallel
 
@@ -225,8 +244,8 @@ class DistillationTask:
         """The loss of what the last stage put out.
 
         Args:
-            output: The student's and the teacher's logits, each ``[b, s, v/tp]``; in eval mode
-                the student's alone.
+            output: The student's and the teacher's logits, each ``[b, s, v/tp]``, or the inputs of
+                their output layers, each ``[s, b, h]``; in eval mode the student's logits alone.
             labels: ``[b, s]`` int64.
             mask: ``[b, s]``, the factor of each token.
 
@@ -236,22 +255,50 @@ class DistillationTask:
         if isinstance(output, Tensor):
             return self._language_loss(output, labels, mask)
         student, teacher = output
-        kd = kd_loss(
-            student,
-            teacher,
-            self._config.criterion,
-            weights=mask,
-            group=self._context.tp_group,
-            vocab_size=self._shared_vocab_size,
-            # Nobody else needs the logits then.
-            inplace=self._config.skip_lm_loss,
-        )
+        if self._logit_bytes is None:
+            kd = kd_loss(
+                student,
+                teacher,
+                self._config.criterion,
+                weights=mask,
+                group=self._context.tp_group,
+                vocab_size=self._shared_vocab_size,
+                # Nobody else needs the logits then.
+                inplace=self._config.skip_lm_loss,
+            )
+        else:
+            kd = self._linear_loss(student, teacher, mask, self._logit_bytes)
         weights, count = self.mixer.weights, (mask != 0).sum()
         total, parts = weights.logits * kd, {LOGITS: _part(kd, count)}
         if not self._config.skip_lm_loss:
             lm, _, lm_parts = self._language_loss(student, labels, mask)
             total, parts = total + weights.lm * lm, {**parts, **lm_parts}
         return total, count.int(), parts
+
+    def _linear_loss(
+        self, student: Tensor, teacher: Tensor, mask: Tensor, logit_bytes: int
+    ) -> Tensor:
+        model: Any = self.chunks[-1]
+        weight, bias = output_head(model.module)
+        teacher_weight, teacher_bias = output_head(model.teacher)
+        # Without a loss scale of Megatron's, which changes, what will arrive is known.
+        known = model.config.grad_scale_func is None
+        return linear_kd_loss(
+            student,
+            weight,
+            teacher,
+            teacher_weight,
+            self._config.criterion,
+            student_bias=bias,
+            teacher_bias=teacher_bias,
+            weights=mask.t(),
+            group=self._context.tp_group,
+            sequence_parallel=self._sequence_parallel,
+            vocab_size=self._shared_vocab_size,
+            main_grad=getattr(weight, "main_grad", None) if known else None,
+            gradient_scale=self.mixer.weights.logits,
+            logit_bytes=logit_bytes,
+        )
 
     def _language_loss(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Losses:
         loss = language_model_loss(

@@ -14,6 +14,7 @@ from torch import nn
 from slimtron_common.checkpoint import open_checkpoint
 from slimtron_common.checkpoint.base import Checkpoint
 from slimtron_common.checkpoint.megatron import load_distributed
+from slimtron_common.integrations.modelopt_weights import keep_codes
 from slimtron_common.models.megatron import LayerSpec, build_chunks
 from slimtron_common.parallel import ParallelContext
 
@@ -41,13 +42,16 @@ def load_teacher(
         layer_spec: As ``build_model`` takes it.
 
     Returns:
-        Its virtual pipeline chunks, or the one model, in eval mode and without gradients.
+        Its virtual pipeline chunks, or the one model, in eval mode and without gradients. Those of
+        a quantized teacher hold INT8 and FP8 weights as such.
     """
     fitted = copy.copy(checkpoint)
     fitted.architecture = dataclasses.replace(checkpoint.architecture, vocab_size=vocab_size)
     chunks = build_chunks(fitted.architecture, context, dtype=dtype, layer_spec=layer_spec)
     for chunk in chunks:
         fitted.load(chunk, context)
+        if fitted.is_quantized:
+            keep_codes(chunk)
     _free()
     return chunks
 

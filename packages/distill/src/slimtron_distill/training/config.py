@@ -31,9 +31,23 @@ class TrainingConfig:
     """Which of the student's activations are computed again for the backward pass instead of kept:
     attention's (``selective``), or all inside a layer (``full``)."""
 
+    logit_memory: float = 2.0
+    """GiB for the logits of both models at a time. Where a micro-batch's take more, output layers
+    and loss are computed for one part of its tokens after another (not with the language-model
+    loss, nor with a cached teacher)."""
+
     def __post_init__(self) -> None:
+        if not self.logit_memory > 0:
+            raise ConfigError(
+                "is too small", where="logit_memory", found=self.logit_memory, allowed="above 0"
+            )
         for name in ("steps", "global_batch_size", "micro_batch_size", "seq_length"):
             _at_least(1, name, getattr(self, name))
+
+    @property
+    def logit_bytes(self) -> int:
+        """``logit_memory`` in bytes."""
+        return int(self.logit_memory * 2**30)
 
     def num_micro_batches(self, data_parallel_size: int) -> int:
         """Micro-batches of one data-parallel process in an update.

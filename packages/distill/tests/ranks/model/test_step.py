@@ -44,6 +44,8 @@ class Case:
     teacher_sp: bool | None = None
     """Whether the teacher's sequences are cut; None for as the student's."""
     config: dict[str, Any] = field(default_factory=dict)
+    logit_bytes: int | None = None
+    """Memory for logits, where output layers are left to the loss."""
 
 
 WITH_ALL = {
@@ -62,12 +64,20 @@ def _tp(size: int, **more: Any) -> dict[str, Any]:
 
 
 CASES = {
-    1: {"alone": Case(config=WITH_ALL), "alone, logits": Case(), "alone, mse": Case(config=MSE)},
+    1: {
+        "alone": Case(config=WITH_ALL),
+        "alone, logits": Case(),
+        "alone, mse": Case(config=MSE),
+        "alone, linear": Case(config=MSE, logit_bytes=1),
+    },
     2: {
         "tp2": Case(_tp(2), config=WITH_ALL),
         "tp2 sp": Case(_tp(2, sequence_parallel=True), config=WITH_ALL),
         "pp2": Case({"pipeline_parallel_size": 2}, config=WITH_ALL),
         "pp2, logits": Case({"pipeline_parallel_size": 2}),
+        "pp2, linear": Case({"pipeline_parallel_size": 2}, logit_bytes=1),
+        "tp2 sp, linear": Case(_tp(2, sequence_parallel=True), logit_bytes=1),
+        "ep2, linear": Case({"expert_parallel_size": 2}, models="experts", logit_bytes=1),
         "pp2 vpp2": Case({"pipeline_parallel_size": 2}, vpp=2, config=WITH_ALL),
         "dp2": Case(config=WITH_ALL),
         "cp2": Case({"context_parallel_size": 2}, config=WITH_ALL),
@@ -90,6 +100,9 @@ CASES = {
             config=WITH_ALL,
         ),
         "tp2 dp2": Case(_tp(2), config=WITH_ALL),
+        "tp2 pp2 vpp2 sp, linear": Case(
+            _tp(2, pipeline_parallel_size=2, sequence_parallel=True), vpp=2, logit_bytes=1
+        ),
     },
 }
 
@@ -144,8 +157,18 @@ def _train(case: Case, folder: Path) -> dict[str, Any]:
             if name == "student":
                 architecture = checkpoint.architecture
         task = distillation_task(
-            *chunks, DistillationConfig(**case.config), context, vocab_size=VOCAB
+            *chunks,
+            DistillationConfig(**case.config),
+            context,
+            vocab_size=VOCAB,
+            logit_bytes=case.logit_bytes,
         )
+        if case.logit_bytes:
+            # An output layer that is called would make the logits.
+            for chunk in task.chunks:
+                for model in (chunk.module, chunk.teacher):
+                    if model.post_process:
+                        model.output_layer.register_forward_pre_hook(lambda *_: pytest.fail("ran"))
         teacher = [p.clone() for chunk in task.chunks for p in chunk.teacher.parameters()]
         trainer = Trainer(
             task,

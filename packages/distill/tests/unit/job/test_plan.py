@@ -57,5 +57,9 @@ def test_memory_is_what_the_models_and_the_layout_take(
     assert half["gradients"] == whole["gradients"]
     assert memory(training__recompute="full")["activations"] < whole["activations"] / 2
     assert memory(training__micro_batch_size=2)["logits"] == 2 * whole["logits"]
+    # Less room makes more parts, but the text's own loss needs the logits whole.
+    assert memory(training__logit_memory=1e-5)["logits"] == int(1e-5 * 2**30) < whole["logits"]
+    kept = memory(training__logit_memory=1e-5, distillation__skip_lm_loss=False)
+    assert kept["logits"] > whole["logits"]
     split = memory(world_size=2, parallel__tensor_parallel_size=2)
     assert split["teacher"] == whole["teacher"] / 2

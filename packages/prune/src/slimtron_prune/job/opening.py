@@ -156,6 +156,7 @@ def open_model(config: ModelJobConfig, world_size: int | None) -> OpenModel:
     world_size = world_size or world_size_from_environment()
     check_world_size(config.parallel, world_size)
     checkpoint = open_checkpoint(config.model, trust_remote_code=config.trust_remote_code)
+    checkpoint.check_unquantized("model", loss="pruning would lose: prune first, then quantize")
     model = OpenModel(
         config=config,
         checkpoint=checkpoint,

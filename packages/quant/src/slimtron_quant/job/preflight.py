@@ -158,13 +158,7 @@ def preflight(
     world_size = world_size or world_size_from_environment()
     check_world_size(config.parallel, world_size)
     checkpoint = open_checkpoint(config.model, trust_remote_code=config.trust_remote_code)
-    if checkpoint.is_quantized:
-        raise ConfigError(
-            "the model is quantized already, and quantizing it again would lose its scales",
-            where="model",
-            found=config.model,
-            hint="`slimtron-quant export` writes it as a Hugging Face directory",
-        )
+    checkpoint.check_unquantized("model", loss="quantizing again would replace")
     architecture, parallel = checkpoint.architecture, config.parallel
     refuse_hybrid(architecture, "model")
     architecture.check_parallel(
