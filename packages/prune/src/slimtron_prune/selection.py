@@ -11,9 +11,10 @@ from torch import Tensor
 
 from slimtron_common.errors import ConfigError
 from slimtron_common.models import Architecture
+from slimtron_common.models.architecture import Hybrid
 from slimtron_prune.scoring.scores import Scores
 
-__all__ = ["Axis", "Selection", "select", "select_layers"]
+__all__ = ["Axis", "Selection", "kept_pattern", "select", "select_layers"]
 
 Axis = Literal[
     "hidden",
@@ -204,19 +205,29 @@ def select_layers(source: Architecture, target: Architecture, dropped: set[int])
     return Selection(source=source, target=target, layers=layers)
 
 
+def kept_pattern(hybrid: Hybrid, layers: Sequence[int]) -> str:
+    """Returns the pattern of the layers that are left of a hybrid, counted from 0.
+
+    Raises:
+        ConfigError: None of them is a Mamba layer.
+    """
+    pattern = "".join(hybrid.pattern[n] for n in layers)
+    if "M" not in pattern:
+        raise ConfigError(
+            "no Mamba layer of the hybrid would be left",
+            found=f"layers {pattern} of {hybrid.pattern}",
+            hint="keep more layers, or name those that go with drop_layers",
+        )
+    return pattern
+
+
 def _with_pattern(
     source: Architecture, target: Architecture, layers: Sequence[int]
 ) -> Architecture:
     """Lets a hybrid's pattern follow the layers that are kept."""
     if source.hybrid is None or target.hybrid is None:
         return target
-    pattern = source.hybrid.keep(layers).pattern
-    if "M" not in pattern:
-        raise ConfigError(
-            "no Mamba layer of the hybrid would be left",
-            found=f"layers {pattern} of {source.hybrid.pattern}",
-            hint="keep more layers, or name those that go with drop_layers",
-        )
+    pattern = kept_pattern(source.hybrid, layers)
     return replace(target, hybrid=replace(target.hybrid, pattern=pattern))
 
 

@@ -9,6 +9,7 @@ from slimtron_common.errors import ConfigError
 from slimtron_common.models import Architecture
 from slimtron_common.models.architecture import Hybrid
 from slimtron_prune.config import PruningConfig
+from slimtron_prune.selection import kept_pattern
 
 __all__ = ["WIDTH_MULTIPLE", "target_architecture"]
 
@@ -94,7 +95,8 @@ def _without_layers(source: Architecture, dropped: list[int]) -> Architecture:
     if len(dropped) == source.num_layers:
         raise ConfigError("no layer would be left", where="drop_layers", found=dropped)
     left = [n for n in range(source.num_layers) if n + 1 not in dropped]
-    return replace(source, num_layers=len(left), hybrid=source.hybrid and source.hybrid.keep(left))
+    hybrid = source.hybrid and replace(source.hybrid, pattern=kept_pattern(source.hybrid, left))
+    return replace(source, num_layers=len(left), hybrid=hybrid)
 
 
 def _target_hybrid(source: Architecture, config: PruningConfig) -> Hybrid | None:
@@ -116,7 +118,7 @@ def _target_hybrid(source: Architecture, config: PruningConfig) -> Hybrid | None
     if width is not None:
         _check_size("target_mamba_head_dim", width, hybrid.mamba_head_dim, width=True)
         hybrid = replace(hybrid, mamba_head_dim=width)
-    return hybrid.keep(range(config.target_num_layers or source.num_layers))
+    return replace(hybrid, pattern=hybrid.pattern[: config.target_num_layers])
 
 
 def _refuse_absent(source: Architecture, config: PruningConfig) -> None:

@@ -14,8 +14,10 @@ from slimtron_common.testing import write_tiny_model
 from slimtron_prune import PruningConfig, prune_language_model
 from slimtron_prune.scoring.collect import collect_scores
 
+HYBRID = PruningConfig(64, 48, 2, 2, target_mamba_num_heads=4, target_num_layers=5)
 
-@pytest.mark.parametrize("family", ["llama", "gemma", "nemotron"])
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "nemotron", "nemotron_h"])
 def test_both_layer_specs_make_the_same_model(family: str, tmp_path: Path) -> None:
     pytest.importorskip("transformer_engine")
     write_tiny_model(tmp_path / "m", family, tokenizer=False)
@@ -31,7 +33,8 @@ def test_both_layer_specs_make_the_same_model(family: str, tmp_path: Path) -> No
             checkpoint.load(model, context)
             scores = collect_scores(model, batches, checkpoint.architecture, context)
             sums.append(scores.sums)
-            prune_language_model(model, PruningConfig(64, 48, 2, 2, target_num_layers=3), batches)
+            config = PruningConfig(64, 48, 2, 2, target_num_layers=3)
+            prune_language_model(model, HYBRID if family == "nemotron_h" else config, batches)
             forward_only(model, batches[:1], context, lambda _, x: logits.append(x.float().cpu()))
     for name, value in sums[0].items():
         # TF32 products, in other orders.

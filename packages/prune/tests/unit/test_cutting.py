@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 from slimtron_common.checkpoint import open_checkpoint
+from slimtron_common.checkpoint.huggingface import write_json
 from slimtron_common.models import Architecture
 from slimtron_common.models.huggingface import config_from_architecture
 from slimtron_common.testing import write_tiny_model
@@ -19,7 +20,17 @@ from slimtron_prune.cutting import Cutter
 from slimtron_prune.scoring.scores import Scores
 from slimtron_prune.selection import select
 
-FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "nemotron", "mixtral", "qwen3_moe", "qwen2_moe"]
+FAMILIES = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "nemotron",
+    "mixtral",
+    "qwen3_moe",
+    "qwen2_moe",
+    "nemotron_h",
+]
 
 
 RandomScores = Callable[[Architecture], Scores]
@@ -92,16 +103,53 @@ def test_transformers_has_a_place_for_every_tensor(
         num_attention_heads=2,
         num_query_groups=2,
         moe=moe,
+        hybrid=source.hybrid and replace(source.hybrid, mamba_num_heads=6, mamba_head_dim=8),
     )
-    cutter = Cutter(select(target, random_scores(source)))
+    selection = select(target, random_scores(source))
+    cutter = Cutter(selection)
     tensors = dict(cutter.tensors(checkpoint.tensors.read))  # type: ignore[attr-defined]
-    config = transformers.AutoConfig.for_model(**config_from_architecture(target))
+    write_json(tmp_path / "config.json", config_from_architecture(selection.target))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
     model = transformers.AutoModelForCausalLM.from_config(config)
     if source.moe is None:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        if source.hybrid:
+            # Their names in files, which transformers changes as it reads them.
+            wanted = {name.replace("model.", "backbone."): s for name, s in wanted.items()}
         assert shapes == wanted
     assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_every_tensor_of_a_mamba_layer_is_its_own_indices_of_the_original(
+    tmp_path: Path, random_scores: RandomScores
+) -> None:
+    write_tiny_model(tmp_path / "m", "nemotron_h", tokenizer=False)
+    checkpoint = open_checkpoint(f"hf:{tmp_path / 'm'}")
+    source, read = checkpoint.architecture, checkpoint.tensors.read  # type: ignore[attr-defined]
+    assert source.hybrid is not None
+    smaller = replace(source.hybrid, mamba_num_heads=4, mamba_head_dim=8)
+    selection = select(replace(source, hidden_size=40, hybrid=smaller), random_scores(source))
+    after = dict(Cutter(selection).tensors(read))
+    hidden, layer = selection.hidden, "backbone.layers.2"
+    inner, heads = (selection.indices(axis, 2, None) for axis in ("mamba_inner", "mamba_heads"))
+    assert inner is not None
+    assert heads is not None
+    z, x, states, dt = read(f"{layer}.mixer.in_proj.weight").split([128, 128, 64, 8])
+    expected = {
+        "in_proj.weight": torch.cat([z[inner], x[inner], states, dt[heads]])[:, hidden],
+        **{
+            f"conv1d.{kind}": torch.cat([whole[:128][inner], whole[128:]])
+            for kind in ("weight", "bias")
+            for whole in [read(f"{layer}.mixer.conv1d.{kind}")]
+        },
+        **{name: read(f"{layer}.mixer.{name}")[heads] for name in ("A_log", "D", "dt_bias")},
+        "norm.weight": read(f"{layer}.mixer.norm.weight")[inner]
+        * selection.mamba_norm_factor(2).float(),  # type: ignore[union-attr]
+        "out_proj.weight": read(f"{layer}.mixer.out_proj.weight")[hidden][:, inner],
+    }
+    for name, tensor in expected.items():
+        torch.testing.assert_close(after[f"{layer}.mixer.{name}"], tensor, msg=name)
 
 
 def test_a_norm_that_is_stored_less_one_is_scaled_as_a_whole(

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from slimtron_common.errors import ConfigError
 from slimtron_common.models import Architecture
-from slimtron_common.models.architecture import MixtureOfExperts
+from slimtron_common.models.architecture import Hybrid, MixtureOfExperts
 from slimtron_prune.scoring.scores import Scores
 from slimtron_prune.selection import select, select_layers
 
@@ -113,3 +114,63 @@ def test_norms_make_up_for_the_channels_that_go(random_scores: RandomScores) -> 
 def test_a_list_of_layers_needs_no_scores() -> None:
     selection = select_layers(SOURCE, replace(SOURCE, num_layers=2), {2})
     assert selection.layers == (0, 2)
+
+
+HYBRID = replace(
+    SOURCE,
+    family="nemotron_h",
+    num_layers=4,
+    hybrid=Hybrid(
+        pattern="M-*M",
+        mamba_num_heads=6,
+        mamba_head_dim=4,
+        mamba_num_groups=2,
+        mamba_state_dim=3,
+    ),
+)
+
+
+def test_mamba_heads_stay_with_their_groups(random_scores: RandomScores) -> None:
+    scores = random_scores(HYBRID)
+    smaller = replace(HYBRID.hybrid, mamba_num_heads=4, mamba_head_dim=2)  # type: ignore[type-var]
+    selection = select(replace(HYBRID, hybrid=smaller), scores)
+    heads = scores.mamba_heads[3].tolist()
+    kept = [*best(heads[:3], 2), *(3 + n for n in best(heads[3:], 2))]
+    channels = [best(scores.mamba_channels[3, head].tolist(), 2) for head in kept]
+    inner = [4 * head + c for head, chosen in zip(kept, channels, strict=True) for c in chosen]
+    states = list(range(2 * 2 * 3))
+    expected = {
+        "mamba_heads": kept,
+        "mamba_inner": inner,
+        "mamba_conv": [*inner, *(24 + n for n in states)],
+        "mamba_projection": [
+            *inner,
+            *(24 + n for n in inner),
+            *(48 + n for n in states),
+            *(60 + head for head in kept),
+        ],
+    }
+    for axis, indices in expected.items():
+        found = selection.indices(axis, 3, None)  # type: ignore[arg-type]
+        assert found is not None
+        assert found.tolist() == indices, axis
+    # Each half of the inner channels is a group, and has a norm of its own.
+    gated = scores.sums["mamba_gated"][3].reshape(-1)
+    factors = selection.mamba_norm_factor(3)
+    assert factors is not None
+    for group in (0, 1):
+        own = [n for n in inner if n // 12 == group]
+        whole = gated[12 * group : 12 * (group + 1)]
+        wanted = (gated[own].mean() / whole.mean()).sqrt()
+        assert factors[4 * group : 4 * (group + 1)].tolist() == pytest.approx([float(wanted)] * 4)
+
+
+def test_the_pattern_follows_the_layers(random_scores: RandomScores) -> None:
+    scores = random_scores(HYBRID)
+    scores.sums["layers"].copy_(scores.sums["layers"].new_tensor([1.0, 4.0, 3.0, 2.0]))
+    selection = select(replace(HYBRID, num_layers=3), scores)
+    assert selection.layers == (1, 2, 3)
+    assert selection.target.hybrid is not None
+    assert selection.target.hybrid.pattern == "-*M"
+    with pytest.raises(ConfigError, match="no Mamba layer"):
+        select(replace(HYBRID, num_layers=2), scores)

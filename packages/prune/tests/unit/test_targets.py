@@ -7,7 +7,7 @@ import pytest
 
 from slimtron_common.errors import ConfigError
 from slimtron_common.models import Architecture
-from slimtron_common.models.architecture import MixtureOfExperts
+from slimtron_common.models.architecture import Hybrid, MixtureOfExperts
 from slimtron_common.models.counting import count_parameters
 from slimtron_prune import PruningConfig
 from slimtron_prune.targets import target_architecture
@@ -26,6 +26,19 @@ DENSE = Architecture(
     rotary_base=1e4,
 )
 MIXTURE = replace(DENSE, family="mixtral", moe=MixtureOfExperts(num_experts=8, experts_per_token=2))
+SHARED = replace(MIXTURE, family="qwen2_moe", moe=replace(MIXTURE.moe, shared_ffn_hidden_size=96))
+HYBRID = replace(
+    DENSE,
+    family="nemotron_h",
+    num_layers=6,
+    hybrid=Hybrid(
+        pattern="M-M*M-",
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        mamba_num_groups=2,
+        mamba_state_dim=16,
+    ),
+)
 
 
 def test_a_target_keeps_everything_else() -> None:
@@ -47,6 +60,19 @@ def test_a_mixture_is_pruned_by_its_experts() -> None:
     target = target_architecture(MIXTURE, config)
     assert target.moe == MixtureOfExperts(num_experts=4, experts_per_token=2)
     assert target.ffn_hidden_size == 512
+    shared = PruningConfig(target_moe_shared_expert_intermediate_size=48)
+    assert target_architecture(SHARED, shared).moe == replace(SHARED.moe, shared_ffn_hidden_size=48)
+
+
+def test_a_hybrid_is_pruned_by_its_mamba_heads_and_layers() -> None:
+    config = PruningConfig(target_mamba_num_heads=6, target_mamba_head_dim=8, target_num_layers=4)
+    target = target_architecture(HYBRID, config)
+    assert target.hybrid == replace(
+        HYBRID.hybrid, pattern="M-M*", mamba_num_heads=6, mamba_head_dim=8
+    )
+    assert target.num_layers == 4
+    dropped = target_architecture(HYBRID, PruningConfig(drop_layers=[1, 4]))
+    assert dropped.hybrid == replace(HYBRID.hybrid, pattern="-MM-")
 
 
 @pytest.mark.parametrize(
@@ -92,6 +118,23 @@ def test_parameters_are_counted_exactly(config: PruningConfig, removed: int) -> 
         (MIXTURE, {"target_ffn_hidden_size": 1024}, "no dense feed-forward"),
         (MIXTURE, {"target_num_moe_experts": 1}, "each token goes to 2"),
         (MIXTURE, {"target_num_moe_experts": 9}, "not larger"),
+        (MIXTURE, {"target_moe_shared_expert_intermediate_size": 8}, "no shared experts"),
+        (SHARED, {"target_moe_shared_expert_intermediate_size": 104}, "not larger"),
+        (SHARED, {"target_moe_shared_expert_intermediate_size": 44}, "tensor cores"),
+        (HYBRID, {"target_mamba_num_heads": 10}, "not larger"),
+        (HYBRID, {"target_mamba_num_heads": 5}, "equally many"),
+        (HYBRID, {"target_mamba_head_dim": 12}, "tensor cores"),
+        (HYBRID, {"drop_layers": [1, 3, 5]}, "no Mamba layer"),
+        (
+            replace(HYBRID, hybrid=replace(HYBRID.hybrid, pattern="MMMM"), num_layers=4),
+            {"target_ffn_hidden_size": 8},
+            "no dense feed-forward",
+        ),
+        (
+            replace(HYBRID, hybrid=replace(HYBRID.hybrid, pattern="MMMM"), num_layers=4),
+            {"target_num_attention_heads": 3, "target_num_query_groups": 3},
+            "no attention",
+        ),
     ],
 )
 def test_refusals(model: Architecture, settings: dict[str, Any], message: str) -> None:

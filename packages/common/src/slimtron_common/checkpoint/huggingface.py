@@ -272,7 +272,8 @@ def write_huggingface(
     """
     written = dtype or next(model.parameters()).dtype
     tensors = (
-        (name, tensor.to(written)) for name, tensor in whole_tensors(model, architecture, context)
+        (name, tensor if dtype is None else tensor.to(dtype))
+        for name, tensor in whole_tensors(model, architecture, context)
     )
     write_safetensors(directory, tensors, context)
     if context.is_main:

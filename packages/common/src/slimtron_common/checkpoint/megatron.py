@@ -255,7 +255,7 @@ def write_weights(
         (index, name): tensor
         for index, chunk in enumerate(chunks)
         for name, tensor in _in_type(
-            _sharded_weights(chunk), dict(chunk.named_parameters()), written
+            _sharded_weights(chunk), dict(chunk.named_parameters()), dtype
         ).items()
     }
     sharded |= {(None, name): value for name, value in objects.items()}
@@ -288,12 +288,13 @@ def _is_lone_layer(model: Any) -> bool:
 
 
 def _in_type(
-    sharded: dict[str, Any], parameters: dict[str, nn.Parameter], dtype: torch.dtype
+    sharded: dict[str, Any], parameters: dict[str, nn.Parameter], dtype: torch.dtype | None
 ) -> dict[str, Any]:
     for name in sharded.keys() & parameters.keys():
         item = sharded[name]
-        item.data = item.data.detach().to(dtype)
+        # Without a type each keeps its own: Megatron-Core has some of a Mamba layer in float32.
+        item.data = item.data.detach().to(dtype or item.data.dtype)
         if hasattr(item, "dtype"):
             # What builds several tensors out of one asks that one.
-            item.dtype = dtype
+            item.dtype = item.data.dtype
     return sharded

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtron_common.errors import MissingDependencyError
-from slimtron_common.models.scan import gated_rms_norm, split_conv_scan
+from slimtron_common.integrations.mamba_scan import gated_rms_norm, split_conv_scan
 
 __all__ = ["check_mamba", "import_mamba_mixer"]
 
@@ -92,7 +92,7 @@ def _scan(kernel: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
         arguments = (projected, conv_weight, conv_bias, dt_bias, decay)
         if kernel is not None and projected.is_cuda:
             return kernel(*arguments, D=D, chunk_size=chunk_size, **options)
-        assert options["seq_idx"] is None, "one sequence a row"
+        assert options.get("seq_idx") is None, "one sequence a row"
         return split_conv_scan(
             *arguments,
             skip=D,
@@ -143,18 +143,9 @@ class _GatedNorm(nn.Module):
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Cuts the weight over the tensor-parallel processes, as Megatron-Core does."""
-        from megatron.core import parallel_state
-        from megatron.core.transformer.utils import (
-            ensure_metadata_has_dp_cp_group,
-            make_sharded_tensors_for_checkpoint,
-        )
+        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
         sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {"weight": 0},
-            sharded_offsets,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+            self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0}, sharded_offsets
         )
         return sharded

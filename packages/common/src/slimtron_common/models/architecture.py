@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from slimtron_common.errors import ParallelismError
@@ -53,10 +53,6 @@ class Hybrid:
 
     conv_kernel: int = 4
     """Tokens that the convolution looks back on, its own included."""
-
-    def keep(self, layers: Iterable[int]) -> Hybrid:
-        """Returns the hybrid with some of its layers alone, counted from 0."""
-        return replace(self, pattern="".join(self.pattern[n] for n in layers))
 
     @property
     def inner_size(self) -> int:

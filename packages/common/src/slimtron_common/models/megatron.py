@@ -31,6 +31,7 @@ __all__ = [
     "architecture_of",
     "build_chunks",
     "build_model",
+    "quiet_construction",
     "transformer_config",
     "transformer_engine_available",
 ]
@@ -112,7 +113,7 @@ def build_model(
     if architecture.moe:
         import_moe_utils()
     model: Any
-    with _quiet_construction():
+    with quiet_construction():
         if architecture.hybrid is not None:
             model = build_hybrid(
                 architecture,
@@ -344,7 +345,7 @@ def _mark_shards(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_construction() -> Iterator[None]:
+def quiet_construction() -> Iterator[None]:
     """Silences what Megatron-Core says of GPTModel, of fusions and of its random numbers."""
     logger = logging.getLogger("megatron.core")
     level = logger.level

@@ -10,7 +10,7 @@ import transformers
 
 from slimtron_common.errors import CheckpointError, UnsupportedModelError
 from slimtron_common.models import Architecture
-from slimtron_common.models.architecture import MixtureOfExperts
+from slimtron_common.models.architecture import Hybrid, MixtureOfExperts
 from slimtron_common.models.families import FAMILIES
 from slimtron_common.models.huggingface import architecture_from_config, config_from_architecture
 
@@ -48,8 +48,21 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "gemma": {"hidden_act": "gelu_pytorch_tanh", "pad_token_id": 0},
     "nemotron": {"hidden_act": "relu2", "norm_eps": 3e-6},
+    "nemotron_h": {
+        "mlp_hidden_act": "relu2",
+        "layer_norm_epsilon": 1e-5,
+        "hybrid_override_pattern": "M*-M",
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "n_groups": 2,
+        "ssm_state_size": 16,
+    },
 }
 """Where a family's config has other fields or values."""
+
+HYBRID = Hybrid(
+    pattern="M*-M", mamba_num_heads=4, mamba_head_dim=8, mamba_num_groups=2, mamba_state_dim=16
+)
 
 LLAMA3 = {
     "factor": 32.0,
@@ -76,7 +89,10 @@ def test_reads_the_shape(family: str) -> None:
     assert (a.num_layers, a.hidden_size, a.ffn_hidden_size) == (4, 64, 96)
     assert (a.num_attention_heads, a.num_query_groups, a.head_dim) == (4, 2, 32)
     assert (a.vocab_size, a.max_position_embeddings) == (301, 16384)
-    assert (a.norm_epsilon, a.rotary_base) == (3e-6, 5e5)
+    if family == "nemotron_h":
+        assert (a.hybrid, a.norm_epsilon) == (HYBRID, 1e-5)
+    else:
+        assert (a.hybrid, a.norm_epsilon, a.rotary_base) == (None, 3e-6, 5e5)
     assert (a.tied_embeddings, a.dtype) == (True, "float16")
     assert (a.qkv_bias, a.qk_norm) == (family.startswith("qwen2"), family.startswith("qwen3"))
     assert a.scaled_embeddings == (family == "gemma")
@@ -84,7 +100,8 @@ def test_reads_the_shape(family: str) -> None:
     assert (a.hf_extras["bos_token_id"], a.hf_extras["eos_token_id"]) == (7, [8, 9])
     # What the shape is made of would be written twice.
     assert a.hf_extras.keys() <= {
-        "bos_token_id", "eos_token_id", "pad_token_id", "rms_norm_eps", "intermediate_size"
+        "bos_token_id", "eos_token_id", "pad_token_id", "rms_norm_eps", "intermediate_size",
+        "hidden_act",
     }  # fmt: skip
     experts = {
         "mixtral": MixtureOfExperts(num_experts=8, experts_per_token=2),
@@ -108,6 +125,42 @@ def test_experts_of_qwen3() -> None:
     assert read(five) == read(config_of("qwen3_moe"))
     # No layer uses it, and it travels along.
     assert config_from_architecture(read(five))["intermediate_size"] == 128
+
+
+def test_layers_of_a_hybrid_by_all_their_names() -> None:
+    for layers in (
+        ["mamba", "attention", "mlp", "mamba"],
+        ["linear_attention", "full_attention", "mlp", "linear_attention"],
+    ):
+        config = config_of("nemotron_h", layers_block_type=layers)
+        del config["hybrid_override_pattern"], config["num_hidden_layers"]
+        assert read(config).hybrid == HYBRID
+    # As transformers 5 writes it.
+    unlimited = config_of("nemotron_h", time_step_limit=[0.0, {"__float__": "Infinity"}])
+    assert read(unlimited).hybrid == HYBRID
+    # As transformers without a field, not as a Llama.
+    config = config_of("nemotron_h", head_dim=None, time_step_limit=None)
+    assert (read(config).head_dim, read(config).num_layers) == (128, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hybrid_override_pattern": "ME*-"}, "layers of a kind"),
+        ({"hybrid_override_pattern": "*-*-"}, "no Mamba layer"),
+        ({"hybrid_override_pattern": None}, "does not say what its layers are"),
+        ({"mamba_num_heads": 5}, "n_groups must divide"),
+        ({"mamba_head_dim": 0}, "mamba_head_dim"),
+        ({"time_step_limit": [0.01, 1.0]}, "time_step_limit"),
+        ({"conv_kernel": 3}, "conv_kernel"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
+        ({"use_bias": True}, "use_bias"),
+        ({"mlp_hidden_act": "silu"}, "mlp_hidden_act"),
+    ],
+)
+def test_hybrids_of_other_kinds_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((UnsupportedModelError, CheckpointError), match=message):
+        read(config_of("nemotron_h", **changes))
 
 
 def test_absent_fields_of_other_families() -> None:
@@ -198,7 +251,7 @@ def test_sliding_window_is_that_of_transformers(family: str, changes: dict[str, 
 
 def _refused() -> dict[str, dict[str, Any]]:
     return {
-        "another mixture of experts": config_of("qwen2_moe"),
+        "another mixture of experts": config_of("deepseek_v2"),
         "dense layers between": config_of("qwen3_moe", decoder_sparse_step=2),
         "a dense layer": config_of("qwen3_moe", mlp_only_layers=[0]),
         "no biases in Qwen2": config_of("qwen2_moe", qkv_bias=False),
@@ -329,6 +382,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe, normalized": ("qwen2_moe", {"norm_topk_prob": True}),
     "gemma": ("gemma", {}),
     "nemotron": ("nemotron", {"partial_rotary_factor": 0.25}),
+    "nemotron_h": ("nemotron_h", {}),
 }
 
 
@@ -352,6 +406,9 @@ def test_what_is_written_means_the_same_to_transformers(name: str, tmp_path: Pat
     if architecture.sliding_window is None:
         # Where no layer looks through a window, its size and first layer say nothing.
         differing |= {"max_window_layers", "sliding_window"}
+    if architecture.hybrid:
+        # A field of the others.
+        differing.add("hidden_act")
     after, before = ours.to_dict(), original.to_dict()
     for key in before.keys() - differing:
         assert after[key] == before[key], key

@@ -140,6 +140,9 @@ def test_parameters_are_those_of_transformers(tmp_path: Path, family: str, tied:
     )
     # A tied tensor is written once, and experts one by one.
     headers = open_checkpoint(f"hf:{path}").tensors.headers  # type: ignore[attr-defined]
+    if tied:
+        # Some versions of transformers write a hybrid's twice.
+        headers.pop("lm_head.weight", None)
     assert ours == Counter((name, shape) for name, (_, shape) in headers.items())
 
 

@@ -9,7 +9,7 @@ import torch
 
 from slimtron_common.errors import UnsupportedModelError
 from slimtron_common.models import Architecture
-from slimtron_common.models.architecture import MixtureOfExperts
+from slimtron_common.models.architecture import Hybrid, MixtureOfExperts
 from slimtron_common.models.megatron import build_model
 from slimtron_common.models.recognition import architecture_of
 from slimtron_common.parallel import ParallelContext, initialize_parallel
@@ -65,6 +65,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "normalization": "layernorm1p",
         "rotary_fraction": 0.25,
     },
+    "nemotron_h": {
+        "family": "nemotron_h",
+        "activation": "squared_relu",
+        "rotary_base": 10000.0,
+        "hybrid": Hybrid(
+            pattern="M*",
+            mamba_num_heads=4,
+            mamba_head_dim=8,
+            mamba_num_groups=2,
+            mamba_state_dim=16,
+        ),
+    },
     "nemotron with Llama 3's scaling": {
         "family": "nemotron",
         "activation": "squared_relu",
@@ -93,7 +105,8 @@ def test_a_model_tells_the_architecture_it_was_built_from(
     architecture = dataclasses.replace(LLAMA, **VARIANTS[name])
     model = build(context, name)
     assert architecture_of(model) == architecture
-    assert {p.dtype for p in model.parameters()} == {getattr(torch, architecture.dtype)}
+    dtypes = {n: p.dtype for n, p in model.named_parameters() if not n.endswith(("A_log", "D"))}
+    assert set(dtypes.values()) == {getattr(torch, architecture.dtype)}
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
 
@@ -130,6 +143,14 @@ def test_mixtral_without_normalized_weights_is_none(context: ParallelContext) ->
     model.config.moe_router_pre_softmax = True
     with pytest.raises(UnsupportedModelError, match="num_moe_experts 4"):
         architecture_of(model)
+
+
+def test_layers_of_another_kind_are_named(context: ParallelContext) -> None:
+    model = build(context, "nemotron_h")
+    model.hybrid_layer_pattern = "ME"
+    with pytest.raises(UnsupportedModelError, match="not those of a supported hybrid") as caught:
+        architecture_of(model)
+    assert caught.value.found == "ME"
 
 
 def test_positions_that_are_not_rotary_are_named(context: ParallelContext) -> None:

@@ -52,6 +52,14 @@ def test_a_job_that_cannot_run_is_refused(
         assert word in message
 
 
+def test_hybrids_are_refused(
+    arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = write_tiny_model(tmp_path / "hybrid", "nemotron_h")
+    assert main(arguments("run", "--teacher", f"hf:{teacher}")) == 2
+    assert "knows transformers alone" in capsys.readouterr().err
+
+
 def test_a_teacher_with_another_vocabulary_is_refused(
     arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

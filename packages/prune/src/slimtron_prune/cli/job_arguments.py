@@ -71,6 +71,7 @@ _GATE: tuple[Flag, ...] = (
 _MACHINE: tuple[Flag, ...] = (
     ("--tp", "parallel.tensor_parallel_size", int, "N", "tensor-parallel processes"),
     ("--pp", "parallel.pipeline_parallel_size", int, "N", "pipeline stages"),
+    ("--ep", "parallel.expert_parallel_size", int, "N", "processes that share experts out"),
     ("--dtype", "dtype", str, "TYPE", "to compute in: auto, float32, bfloat16, float16"),
     ("--device", "device", str, "NAME", "auto, cpu or cuda"),
     ("--seed", "seed", int, "N", "seeds the order of the text"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Literal
 
 from torch import Tensor
@@ -163,7 +164,8 @@ def _shapes(source: Architecture, target: Architecture) -> Table:
 
 
 def _components(source: Architecture, target: Architecture) -> Table:
-    before, after = count_parameters(source), count_parameters(target)
+    # A hybrid may lose all its layers of a kind.
+    before, after = count_parameters(source), Counter(count_parameters(target))
     rows = [
         (name, f"{before[name]:,}", f"{after[name]:,}", f"{after[name] / before[name]:.1%}")
         for name in before
@@ -288,11 +290,9 @@ def _chosen_by(plan: PrunePlan) -> str:
 
 
 def _machine(model: OpenModel) -> dict[str, str]:
-    parallel = model.config.parallel
     return {
         "Computed in": f"{model.dtype} on {model.device}".replace("torch.", ""),
-        "Layout": f"tensor {parallel.tensor_parallel_size}, pipeline "
-        f"{parallel.pipeline_parallel_size}, {model.world_size} process(es)",
+        "Layout": model.config.parallel.describe(model.world_size),
         "Seed": str(model.config.seed),
         "Versions": ", ".join(f"{k} {v}" for k, v in environment_versions().items()),
     }

@@ -56,6 +56,7 @@ class OpenModel:
         architecture.check_parallel(
             tensor_parallel_size=parallel.tensor_parallel_size,
             pipeline_parallel_size=parallel.pipeline_parallel_size,
+            expert_parallel_size=parallel.expert_parallel_size,
         )
 
     def check_scoring(self) -> None:
@@ -79,7 +80,9 @@ class OpenModel:
             )
 
     def check_sequences(self, where: str, dataset: TokenDataset) -> None:
-        """Refuses too few sequences for the data-parallel processes."""
+        """Refuses too few or unequally many sequences for the data-parallel processes."""
+        if self.config.parallel.expert_parallel_size > 1:
+            dataset.check_equal_shares(self.data_parallel_size, where=where)
         if dataset.num_sequences < self.data_parallel_size:
             raise ConfigError(
                 "every data-parallel process needs a sequence",
@@ -161,14 +164,12 @@ def open_model(config: ModelJobConfig, world_size: int | None) -> OpenModel:
         dtype=checkpoint.compute_dtype(config.dtype, device),
         world_size=world_size,
     )
-    parallel = config.parallel
-    if parallel.expert_parallel_size > 1 or parallel.context_parallel_size > 1:
+    if config.parallel.context_parallel_size > 1:
         raise ParallelismError(
-            "this version scores and evaluates over tensor, pipeline and data parallelism",
-            where="parallel",
-            found=f"context {parallel.context_parallel_size}, expert "
-            f"{parallel.expert_parallel_size}",
-            allowed="context 1, expert 1",
+            "this version scores and evaluates over tensor, pipeline, expert and data parallelism",
+            where="parallel.context_parallel_size",
+            found=config.parallel.context_parallel_size,
+            allowed=1,
             hint="raise tensor_parallel_size or pipeline_parallel_size: a checkpoint opens in "
             "any layout, whatever it was trained at",
         )

@@ -18,6 +18,7 @@ from slimtron_common.workdir import check_resumable
 from slimtron_prune.config import PruningConfig
 from slimtron_prune.job.config import PruneJobConfig, ScoreJobConfig
 from slimtron_prune.job.opening import OpenModel, open_model
+from slimtron_prune.job.transformers_check import check_known
 from slimtron_prune.scoring.scores import Scores, load_scores
 from slimtron_prune.search.shapes import Space, search_space
 from slimtron_prune.targets import target_architecture
@@ -155,6 +156,7 @@ def preflight(
     )
     memory = model.memory(shapes, scores=config.collects_scores)
     if config.export.check_transformers:
+        check_known(source)
         check_memory(
             {"transformers' copy of the model": 4 * checkpoint.num_parameters},
             "cpu",

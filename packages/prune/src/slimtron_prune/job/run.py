@@ -170,7 +170,8 @@ class _Job:
         assert scores is not None, "a search goes by scores"
         assert self.plan.scoring is not None, "the preflight opens the text"
         wanted = -(-self.config.search.num_tokens // self.plan.scoring.seq_length)
-        count = min(max(wanted, self.context.dp_size), self.plan.scoring.num_sequences)
+        rounds = -(-wanted // self.context.dp_size)
+        count = min(rounds * self.context.dp_size, self.plan.scoring.num_sequences)
         text = TokenDataset(self.plan.scoring.tokens[:count])
         batches = text.batches(
             self.config.scoring.micro_batch_size, self.context.dp_rank, self.context.dp_size

@@ -37,9 +37,11 @@ def score_in_parts(
         work: Where the stages are kept.
     """
     architecture = model.architecture
-    # Every part has a sequence for each data-parallel process.
-    count = max(1, min(_PARTS, dataset.num_sequences // context.dp_size))
-    parts = np.array_split(dataset.tokens, count)
+    # Every part has equally many sequences for each data-parallel process; what is over, the last.
+    rounds = dataset.num_sequences // context.dp_size
+    count = max(1, min(_PARTS, rounds))
+    ends = np.cumsum([len(part) for part in np.array_split(np.arange(rounds), count)])
+    parts = np.split(dataset.tokens, ends[:-1] * context.dp_size)
     scores = []
     for number, tokens in enumerate(parts, 1):
         name = f"scores-{number}-of-{count}"

@@ -9,15 +9,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from slimtron_common.errors import VerificationError
+from slimtron_common.errors import MissingDependencyError, VerificationError
 from slimtron_common.models import Architecture
 from slimtron_common.parallel import ParallelContext, forward_only
 
-__all__ = ["check_against_transformers"]
+__all__ = ["check_against_transformers", "check_known"]
 
 _SEQ_LENGTH = 48
 TOLERANCE = 1e-3
 """Of float32's logits; coarser types get as much as their resolution is worse."""
+
+
+def check_known(architecture: Architecture) -> None:
+    """Refuses what the installed transformers cannot compute.
+
+    Raises:
+        MissingDependencyError: It is too old for the family.
+    """
+    from transformers import __version__
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if architecture.family not in CONFIG_MAPPING_NAMES:
+        raise MissingDependencyError(
+            f"transformers does not know {architecture.family} yet, to compare the output with",
+            where="export.check_transformers",
+            found=f"transformers {__version__}",
+            hint="pip install --upgrade transformers, or leave the comparison out: "
+            "--set export.check_transformers=false",
+        )
 
 
 def check_against_transformers(

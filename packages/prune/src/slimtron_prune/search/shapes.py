@@ -109,7 +109,7 @@ def search_space(
                 f"no number of {part} within the bounds can be laid out",
                 where="search.bounds",
                 found=f"tensor {parallel.tensor_parallel_size}, pipeline "
-                f"{parallel.pipeline_parallel_size}",
+                f"{parallel.pipeline_parallel_size}, expert {parallel.expert_parallel_size}",
             )
         if fitting != [source]:
             choices[part] = tuple(fitting)
@@ -233,4 +233,5 @@ def _can_be_cut(shape: Architecture, parallel: ParallelConfig) -> bool:
     return (
         parallel.tensor_parallel_size in shape.tensor_parallel_sizes
         and parallel.pipeline_parallel_size in shape.pipeline_parallel_sizes
+        and parallel.expert_parallel_size in shape.expert_parallel_sizes
     )

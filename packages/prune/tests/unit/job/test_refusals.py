@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from slimtron_common.checkpoint import open_checkpoint
 from slimtron_common.manifest import write_manifest
@@ -84,9 +86,27 @@ def test_layouts_of_the_smaller_model(
     assert "1 attention heads" in capsys.readouterr().err
     assert main(arguments("run", "--num-layers", "1", "--pp", "2")) == 2
     assert "every pipeline stage needs one" in capsys.readouterr().err
-    expert = ("--set", "parallel.expert_parallel_size=2")
-    assert main(arguments("run", "--num-layers", "3", *expert)) == 2
+    context = ("--set", "parallel.context_parallel_size=2")
+    assert main(arguments("run", "--num-layers", "3", *context)) == 2
     assert "opens in any layout" in capsys.readouterr().err
+    assert main(arguments("run", "--num-layers", "3", "--ep", "2")) == 2
+    assert "this model is dense" in capsys.readouterr().err
+
+
+def test_layouts_of_experts(
+    arguments: Arguments,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = write_tiny_model(tmp_path / "mixture", "mixtral")
+    shared_out = ("--ep", "2", "--model", f"hf:{model}")
+    assert main(arguments("run", "--num-moe-experts", "3", *shared_out)) == 2
+    assert "divide the model's 3 experts" in capsys.readouterr().err
+    odd = ("--score-tokens", "96", "--score-batch-size", "1")
+    assert main(arguments("run", "--num-moe-experts", "2", *shared_out, *odd)) == 2
+    assert "3 sequences for 2 processes" in capsys.readouterr().err
 
 
 def test_experts_are_scored_without_tensor_parallelism(
@@ -100,6 +120,34 @@ def test_experts_are_scored_without_tensor_parallelism(
     sizes = ("--num-moe-experts", "2", "--tp", "2", "--model", f"hf:{model}")
     assert main(arguments("run", *sizes)) == 2
     assert "1 for a mixture of experts" in capsys.readouterr().err
+
+
+def test_what_hybrids_cannot_do(
+    arguments: Arguments,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = ("--model", f"hf:{write_tiny_model(tmp_path / 'hybrid', 'nemotron_h')}")
+
+    def refused(*more: str) -> str:
+        assert main(arguments("run", *more, *model)) == 2
+        return capsys.readouterr().err
+
+    assert "knows transformers alone" in refused("--target-ratio", "0.8")
+    assert "no Mamba layer of the hybrid" in refused("--drop-layers", "1,3,5")
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        assert "equally many of the hybrid's 5" in refused("--num-layers", "5", "--pp", "2")
+        find_spec = importlib.util.find_spec
+        patch.setenv("WORLD_SIZE", "1")
+        known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+        patch.delitem(known, "nemotron_h")
+        assert "does not know nemotron_h yet" in refused("--num-layers", "5")
+        patch.setattr(
+            importlib.util, "find_spec", lambda name: None if name == "einops" else find_spec(name)
+        )
+        assert "pip install einops" in refused("--num-layers", "5")
 
 
 def test_scores_of_another_model(

@@ -177,6 +177,48 @@ def test_mixtures_of_experts(family: str, tmp_path: Path) -> None:
     assert (shared in report.tables[0].rows) == (family == "qwen2_moe")
 
 
+def test_hybrids(tmp_path: Path) -> None:
+    """Pruned in every dimension, from a Hugging Face directory and from a Megatron checkpoint."""
+    model = write_tiny_model(tmp_path / "model", "nemotron_h")
+    hf, dist, again = (tmp_path / name for name in ("hf", "dist", "again"))
+    sizes = [
+        *("--mamba-num-heads", "6", "--mamba-head-dim", "8", "--hidden-size", "48"),
+        *("--ffn-hidden-size", "64", "--num-attention-heads", "2", "--num-query-groups", "2"),
+    ]
+    assert main(build("run", model, hf, *EVALUATION, *sizes, "--num-layers", "5")) == 0
+    report = read_report(hf)
+    assert report.facts["Compared with transformers"].startswith("logits differ by")
+    assert {("Mamba heads", 8, 6), ("Mamba head width", 16, 8)} <= set(report.tables[0].rows)
+    pattern = json.loads((hf / "config.json").read_text())["hybrid_override_pattern"]
+    assert report.facts["Kinds of layers"] == f"M-M*M- before, {pattern} now"
+    drop = ["--drop-layers", "1,4", "--export-format", "megatron"]
+    assert main(build("run", model, dist, *EVALUATION, *drop)) == 0
+    assert json.loads((dist / "config.json").read_text())["hybrid_override_pattern"] == "-MM-"
+    arguments = build("run", model, again, *EVALUATION, "--mamba-num-heads", "4")
+    arguments[arguments.index("--model") + 1] = f"megatron:{dist}"
+    assert main(arguments) == 0
+    assert json.loads((again / "config.json").read_text())["mamba_num_heads"] == 4
+    assert main(["verify", str(again)]) == 0
+
+
+def test_what_a_hybrid_has_in_float32_stays_so(tmp_path: Path) -> None:
+    """The decay of Mamba heads beside weights in bfloat16, through both kinds of checkpoints."""
+    model = write_tiny_model(tmp_path / "model", "nemotron_h", dtype="bfloat16")
+    tensors = load_file(model / "model.safetensors")
+    name = "backbone.layers.2.mixer.A_log"
+    # What bfloat16 would round.
+    tensors[name] = tensors[name].float() + 1e-4
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    dist, again = tmp_path / "dist", tmp_path / "again"
+    more = (*EVALUATION, "--dtype", "bfloat16", "--drop-layers", "1")
+    assert main(build("run", model, dist, *more, "--export-format", "megatron")) == 0
+    arguments = build("run", model, again, *more)
+    arguments[arguments.index("--model") + 1] = f"megatron:{dist}"
+    assert main(arguments) == 0
+    found = load_file(again / "model.safetensors")["backbone.layers.0.mixer.A_log"]
+    assert torch.equal(found, tensors[name])
+
+
 def test_search_for_a_budget(tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     more = ("--target-params", "110K", "--candidates", "3", "--bound", "num_layers=3:4")

@@ -94,6 +94,46 @@ def test_scores_are_sums_over_activations(family: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
 
 
+def test_mamba_layers_are_scored_by_what_their_heads_add(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "m", "nemotron_h", tokenizer=False)
+    scores = collected(tmp_path / "m")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    pattern = "M-M*M-"
+    seen: dict[str, list[Tensor]] = {name: [] for name in ("norm", "normed", "gated", "out", "up")}
+    layer, feed_forward = model.model.layers[2], model.model.layers[5]
+
+    def watch(name: str, module: Any, value: Any = lambda args, out: args[0]) -> None:
+        module.register_forward_hook(
+            lambda _, args, out: seen[name].append(value(args, out).flatten(0, -2))
+        )
+
+    watch("norm", layer.norm)
+    watch("normed", layer.norm, lambda args, out: out)
+    # The norm gates by itself, before it normalises.
+    watch("gated", layer.mixer.norm, lambda args, out: args[0] * torch.nn.functional.silu(args[1]))
+    watch("out", layer.mixer.out_proj)
+    watch("up", feed_forward.mixer.down_proj)
+    with torch.no_grad():
+        for tokens in batches():
+            model(tokens)
+    x = {name: torch.cat(parts).double() for name, parts in seen.items()}
+    weight = layer.mixer.out_proj.weight.double()
+    heads = x["out"].reshape(len(x["out"]), 8, 16)
+    added = torch.einsum("thp,ohp->tho", heads, weight.reshape(64, 8, 16))
+    channels = (x["out"].square().sum(0) * weight.square().sum(0)).reshape(8, 16)
+    for found, expected in (
+        (scores.sums["residual"][2, 0], x["norm"].square().sum(0)),
+        (scores.sums["hidden"][2, 0], x["normed"].square().sum(0)),
+        (scores.sums["mamba_gated"][2], x["gated"].square().sum(0).reshape(8, 16)),
+        (scores.mamba_heads[2], added.square().sum((0, 2))),
+        (scores.mamba_channels[2], channels),
+        (scores.ffn[5], x["up"].square().sum(0)),
+    ):
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-3, atol=1e-4)
+    for values, kind in ((scores.heads, "*"), (scores.ffn, "-"), (scores.mamba_heads, "M")):
+        assert [bool(row.any()) for row in values] == [letter == kind for letter in pattern]
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe"])
 def test_experts_are_scored_by_what_they_add(family: str, tmp_path: Path) -> None:
     """The weighted outputs of transformers' experts, one expert at a time."""

@@ -309,6 +309,11 @@ def test_layouts_that_the_model_does_not_take(
     refused(arguments("run", *mixture[:2], "--ep", "3"), ("4 experts", "allowed: 1, 2, 4"))
 
 
+def test_hybrids(arguments: Arguments, refused: Callable[..., None], tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "hybrid", "nemotron_h")
+    refused(arguments("run", "--model", f"hf:{model}"), ("knows transformers alone", "M-M*M-"))
+
+
 TEXTS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "not JSON": ("a.jsonl", b'{"text": "x"}\nnonsense\n', ("a.jsonl", "2")),
     "no text field": ("a.jsonl", b'{"body": "x"}\n', ("text", "body")),
