@@ -43,7 +43,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
             f"{plan.world_size // parallel.model_parallel_size}" + experts,
         ),
         (
-            "memory per process" + (", layer by layer" if plan.config.layerwise else ""),
+            "memory per process" + (", one layer at a time" if plan.config.layerwise else ""),
             f"{_size(estimate.memory)}: weights {_size(estimate.weights)}, activations "
             f"{_size(estimate.activations)}, statistics {_size(estimate.statistics)}",
         ),

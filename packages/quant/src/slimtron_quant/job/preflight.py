@@ -118,6 +118,12 @@ class Plan:
         )
 
     @property
+    def memory(self) -> str:
+        """What a process needs, and for which part of the model."""
+        needed = f"about {self.estimate.memory / 2**30:.2f} GiB a process beside the libraries"
+        return f"{needed}, one layer at a time" if self.config.layerwise else needed
+
+    @property
     def goal(self) -> str:
         """What the model is quantized to, in a few words."""
         parts = []
