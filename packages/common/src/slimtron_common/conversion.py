@@ -16,7 +16,7 @@ from slimtron_common.checkpoint.base import WRITTEN_KINDS
 from slimtron_common.checkpoint.huggingface import write_huggingface
 from slimtron_common.checkpoint.megatron import write_megatron
 from slimtron_common.checkpoint.writer import collective_directory
-from slimtron_common.errors import ConfigError, VerificationError
+from slimtron_common.errors import ConfigError, ParallelismError, VerificationError
 from slimtron_common.memory import check_memory, shard_parameters
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import (
@@ -31,7 +31,6 @@ from slimtron_common.parallel.context import (
     resolve_device,
     world_size_from_environment,
 )
-from slimtron_common.parallel.schedule import check_context_parallel
 from slimtron_common.progress import stage
 
 __all__ = ["Conversion", "ConversionPlan", "convert", "plan_conversion"]
@@ -103,7 +102,7 @@ def plan_conversion(
     """
     parallel = parallel or ParallelConfig()
     check_world_size(parallel, world_size or world_size_from_environment())
-    check_context_parallel(parallel.context_parallel_size)
+    _check_context_parallel(parallel.context_parallel_size)
     kind, path = parse_spec(target, where="DST", kinds=WRITTEN_KINDS)
     checkpoint = open_checkpoint(source, where="SRC")
     if checkpoint.is_quantized:
@@ -184,6 +183,16 @@ def convert(plan: ConversionPlan) -> Conversion:
             largest_logit=largest,
             difference=difference,
             rounding=rounding,
+        )
+
+
+def _check_context_parallel(size: int) -> None:
+    if size > 1:
+        raise ParallelismError(
+            "a conversion has no sequences to cut over processes",
+            where="parallel.context_parallel_size",
+            found=size,
+            allowed=1,
         )
 
 

@@ -88,6 +88,7 @@ def activation_bytes(
             + 4 * b * s * routes * a.hidden_size * itemsize
             for b, s in shapes
         )
+        / parallel.context_parallel_size
     )
 
 

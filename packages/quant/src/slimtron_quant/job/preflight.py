@@ -32,7 +32,7 @@ from slimtron_common.parallel.context import (
     resolve_device,
     world_size_from_environment,
 )
-from slimtron_common.parallel.schedule import check_context_parallel
+from slimtron_common.parallel.context_parallel import check_sequence_cut
 from slimtron_common.workdir import check_resumable
 from slimtron_quant.config import QuantizationConfig
 from slimtron_quant.formats.kv_cache import KV_CACHE_FORMATS, describe_kv_cache
@@ -180,7 +180,6 @@ def preflight(
         pipeline_parallel_size=parallel.pipeline_parallel_size,
         expert_parallel_size=parallel.expert_parallel_size,
     )
-    check_context_parallel(parallel.context_parallel_size)
     candidates = None
     if config.mixed.is_on:
         if parallel.expert_parallel_size > 1 and config.mixed.sensitivity is None:
@@ -291,6 +290,7 @@ def _check_lengths(config: QuantJobConfig, limit: int) -> None:
                 found=length,
                 allowed=f"at most {limit}",
             )
+        check_sequence_cut(length, config.parallel.context_parallel_size, where=where)
 
 
 def _open_text(

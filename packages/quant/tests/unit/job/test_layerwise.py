@@ -58,7 +58,10 @@ def three_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def smoothquant(arguments: Arguments, three_layers: Path) -> list[str]:
-    return [*arguments("run", "--model", f"hf:{three_layers}", "--recipe", "int8_sq"), "--layerwise"]
+    return [
+        *arguments("run", "--model", f"hf:{three_layers}", "--recipe", "int8_sq"),
+        "--layerwise",
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -290,9 +290,8 @@ def test_another_algorithm_in_layers(
     tmp_path: Path, arguments: Arguments, refused: Callable[..., None]
 ) -> None:
     recipe = tmp_path / "mse.yaml"
-    recipe.write_text(
-        "quant_cfg: {'*weight_quantizer': {num_bits: 4, block_sizes: {-1: 16}}}\nalgorithm: {method: mse}\n"
-    )
+    blocks = "{num_bits: 4, block_sizes: {'-1': 16}}"
+    recipe.write_text(f"quant_cfg: {{'*weight_quantizer': {blocks}}}\nalgorithm: mse\n")
     refused(
         arguments("run", "--layerwise", "--recipe", str(recipe)),
         ("quantization.algorithm", "mse", "max, smoothquant, awq_lite with --layerwise"),
@@ -313,8 +312,8 @@ def test_layouts_that_the_model_does_not_take(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    context = ("--set", "parallel.context_parallel_size=2")
-    refused(arguments("run", *context), ("parallel.context_parallel_size", "data parallelism"))
+    cut = ("--cp", "2", "--eval-seq-len", "30", "--eval-tokens", "180")
+    refused(arguments("run", *cut), ("evaluation.seq_length", "a multiple of 4, such as 32"))
     refused(
         arguments("run", "--layerwise", "--pp", "2"),
         ("parallel.pipeline_parallel_size", "1 with --layerwise"),
