@@ -16,7 +16,7 @@ from slimtron_common.data import TokenDataset, held_out_datasets, token_dataset
 from slimtron_common.data.config import DataConfig
 from slimtron_common.data.sources import check_source
 from slimtron_common.errors import ConfigError, ParallelismError
-from slimtron_common.evaluation.reference import reference_bytes
+from slimtron_common.evaluation.reference import comparison_bytes, reference_bytes
 from slimtron_common.layerwise import hidden_state_bytes
 from slimtron_common.manifest import environment_versions
 from slimtron_common.memory import (
@@ -373,6 +373,9 @@ def _estimate(
     # Experts that a token takes, and those that a calibration token takes.
     routes = moe.experts_per_token if moe else 0
     all_routes = moe.num_experts if moe and quantization.calibrate_all_experts else routes
+    compared = comparison_bytes(
+        evaluation.micro_batch_size * evaluation.seq_length, architecture.vocab_size, dtype
+    )
     logits = reference_bytes(evaluation.num_tokens, architecture.vocab_size, dtype)
     rewrites_weights = any(scheme.recipe.rewrites_weights for scheme in schemes)
     statistics = max(
@@ -404,7 +407,8 @@ def _estimate(
             shapes,
             itemsize,
             experts_per_token=all_routes if calibrates else routes,
-        ),
+        )
+        + compared // tensor // parallel.context_parallel_size,
         statistics=round(statistics / tensor / pipeline),
         disk=round(
             logits
