@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 from slimtron_common.errors import ParallelismError
+from slimtron_common.parallel.collectives import copy_to_group, gather_from_group
 
 __all__ = ["check_sequence_cut", "cut_over_context", "join_over_context", "local_positions"]
 
@@ -71,6 +71,6 @@ def join_over_context(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     Returns:
         ``[s, ...]``. The gradient of a token is the sum of what all processes want of it.
     """
-    parts: tuple[Tensor, ...] = all_gather(tensor.contiguous(), group)  # type: ignore[no-untyped-call]
-    halves = [half for part in parts for half in part.chunk(2)]
-    return torch.cat([*halves[::2], *halves[:0:-2]])
+    gathered = copy_to_group(gather_from_group(tensor, group, dim=0), group)
+    halves = gathered.chunk(2 * group.size())
+    return torch.cat([*halves[::2], *halves[::-2]])
