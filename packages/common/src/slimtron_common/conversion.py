@@ -14,7 +14,7 @@ from slimtron_common.atomic import check_writable
 from slimtron_common.checkpoint import Checkpoint, open_checkpoint, parse_spec
 from slimtron_common.checkpoint.kinds import WRITERS
 from slimtron_common.checkpoint.writer import collective_directory
-from slimtron_common.errors import ConfigError, VerificationError
+from slimtron_common.errors import ConfigError, ParallelismError, VerificationError
 from slimtron_common.memory import check_memory, shard_parameters
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import (
@@ -29,7 +29,6 @@ from slimtron_common.parallel.context import (
     resolve_device,
     world_size_from_environment,
 )
-from slimtron_common.parallel.schedule import check_context_parallel
 from slimtron_common.progress import stage
 
 __all__ = ["Conversion", "ConversionPlan", "convert", "plan_conversion"]
@@ -101,7 +100,7 @@ def plan_conversion(
     """
     parallel = parallel or ParallelConfig()
     check_world_size(parallel, world_size or world_size_from_environment())
-    check_context_parallel(parallel.context_parallel_size)
+    _check_context_parallel(parallel.context_parallel_size)
     kind, path = parse_spec(target, where="DST")
     checkpoint = open_checkpoint(source, where="SRC")
     checkpoint.check_unquantized("SRC", loss="a conversion would lose")
@@ -176,6 +175,16 @@ def convert(plan: ConversionPlan) -> Conversion:
             largest_logit=largest,
             difference=difference,
             rounding=rounding,
+        )
+
+
+def _check_context_parallel(size: int) -> None:
+    if size > 1:
+        raise ParallelismError(
+            "a conversion has no sequences to cut over processes",
+            where="parallel.context_parallel_size",
+            found=size,
+            allowed=1,
         )
 
 

@@ -23,7 +23,7 @@ from slimtron_common.evaluation.evaluate import rank_key
 from slimtron_common.evaluation.reference import ReferenceReader, ReferenceWriter
 from slimtron_common.models import Architecture
 from slimtron_common.parallel.context import ParallelContext
-from slimtron_common.parallel.schedule import LayeredModel, OnLogits
+from slimtron_common.parallel.schedule import LayeredModel, OnLogits, model_inputs
 from slimtron_common.progress import track
 
 __all__ = ["LayerwiseModel", "LayerwisePass", "hidden_state_bytes", "quick_collection"]
@@ -100,11 +100,9 @@ class LayerwisePass:
                     writer.append(output)
 
             for index, tokens in enumerate(self._batches):
-                tokens = tokens.to(context.device)
-                positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
                 before = None if states is None else states.read(index).to(context.device)
                 model.set_input_tensor(before)
-                output = model(tokens, positions, None)
+                output = model(*model_inputs(tokens.to(context.device), context), None)
                 if receive is not None:
                     receive(index, output)
             model.set_input_tensor(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterable, Mapping
 
 import psutil  # type: ignore[import-untyped]
@@ -21,6 +22,7 @@ __all__ = [
     "available_memory",
     "check_memory",
     "layer_parameters",
+    "peak_memory",
     "required_memory",
     "shard_parameters",
 ]
@@ -87,6 +89,7 @@ def activation_bytes(
             + 4 * b * s * routes * a.hidden_size * itemsize
             for b, s in shapes
         )
+        / parallel.context_parallel_size
     )
 
 
@@ -105,6 +108,17 @@ def available_memory(device: str) -> int:
         return torch.cuda.mem_get_info(local_rank_from_environment())[0]
     available: int = psutil.virtual_memory().available
     return available // local_world_size_from_environment()
+
+
+def peak_memory(device: str) -> int:
+    """Bytes that this process has held at most: on its GPU, or in the host's memory.
+
+    The latter includes the libraries, and the pages of files that are mapped.
+    """
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    # Linux counts in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def check_memory(parts: Mapping[str, float], device: str, *, hint: str) -> None:

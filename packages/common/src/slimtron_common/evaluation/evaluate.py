@@ -19,6 +19,7 @@ from slimtron_common.evaluation.metrics import (
 )
 from slimtron_common.evaluation.reference import ReferenceReader, ReferenceWriter
 from slimtron_common.parallel.context import ParallelContext
+from slimtron_common.parallel.context_parallel import local_positions
 from slimtron_common.parallel.schedule import forward_only
 from slimtron_common.progress import Progress
 
@@ -105,14 +106,18 @@ def evaluate(
             logits[..., max(0, vocab_size - start) :] = float("-inf")
             if writer is not None:
                 writer.append(logits)
-            predicted = logits[:, :-1]
-            targets = batches[index][:, 1:].to(logits.device)
+            whole = batches[index]
+            positions = local_positions(whole.shape[1], context.cp_rank, context.cp_size)
+            # Nothing follows the last token.
+            positions = positions[positions < whole.shape[1] - 1]
+            predicted = logits[:, : len(positions)]
+            targets = whole[:, positions + 1].to(logits.device)
             nll = vocab_parallel_token_nll(predicted, targets, start, group)
             counts.update(nll)
             if readers:
                 likeliest = vocab_parallel_argmax(predicted, start, group)
             for name, reader in readers.items():
-                original = reader.read(index, like=logits)[:, :-1]
+                original = reader.read(index, like=logits)[:, : len(positions)]
                 same = vocab_parallel_argmax(original, start, group) == likeliest
                 distances[name].update(nll, vocab_parallel_kl(original, predicted, group), same)
             progress.advance()

@@ -27,7 +27,7 @@ from slimtron_common.parallel.context import (
     resolve_device,
     world_size_from_environment,
 )
-from slimtron_common.parallel.schedule import check_context_parallel
+from slimtron_common.parallel.context_parallel import check_sequence_cut
 from slimtron_common.progress import stage
 from slimtron_common.report import Column, Comparison, Number
 
@@ -82,7 +82,7 @@ def plan_evaluation(
     parallel = parallel or ParallelConfig()
     world_size = world_size or world_size_from_environment()
     check_world_size(parallel, world_size)
-    check_context_parallel(parallel.context_parallel_size)
+    check_sequence_cut(config.seq_length, parallel.context_parallel_size, where="seq_length")
     device = resolve_device(device)
     if config.source is None:
         raise ConfigError("an evaluation needs text", where="source", found=None)

@@ -21,12 +21,20 @@ from torch import Tensor
 from slimtron_common.atomic import atomic_write
 from slimtron_common.errors import CheckpointError
 
-__all__ = ["ReferenceReader", "ReferenceWriter", "reference_bytes"]
+__all__ = ["ReferenceReader", "ReferenceWriter", "comparison_bytes", "reference_bytes"]
 
 
 def reference_bytes(num_tokens: int, vocab_size: int, dtype: torch.dtype) -> int:
     """Disk space that a recording takes, over all processes, in bytes."""
     return num_tokens * vocab_size * dtype.itemsize
+
+
+def comparison_bytes(num_tokens: int, vocab_size: int, dtype: torch.dtype) -> int:
+    """Memory that comparing a batch takes beside the logits and their float32 copy, in bytes.
+
+    A recording and the one before it, and two more float32 temporaries.
+    """
+    return 2 * reference_bytes(num_tokens, vocab_size, dtype) + 8 * num_tokens * vocab_size
 
 
 @dataclass(frozen=True, slots=True)

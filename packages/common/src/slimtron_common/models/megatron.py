@@ -283,13 +283,6 @@ def _use_transformer_engine(layer_spec: LayerSpec, context: ParallelContext) -> 
             found=layer_spec,
             hint="pip install 'transformer-engine[pytorch]', or use layer_spec: local",
         )
-    if context.cp_size > 1 and (layer_spec == "local" or not available):
-        raise ParallelismError(
-            "context parallelism needs Transformer Engine's attention",
-            where="parallel.context_parallel_size",
-            found=context.cp_size,
-            allowed="1 without Transformer Engine",
-        )
     if layer_spec == "auto":
         return available and context.device.type == "cuda"
     return layer_spec == "transformer_engine"
@@ -316,6 +309,10 @@ def _block_spec(architecture: Architecture, config: Any, use_te: bool, *, num_la
         qk_layernorm=architecture.qk_norm,
         normalization=config.normalization,
     )
+    if config.context_parallel_size > 1:
+        from slimtron_common.models.context_attention import ContextParallelAttention
+
+        layer.submodules.self_attention.submodules.core_attention = ContextParallelAttention
     norm = NORMS[architecture.normalization]
     layer.submodules.input_layernorm = norm
     layer.submodules.pre_mlp_layernorm = norm

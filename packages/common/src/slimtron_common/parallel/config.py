@@ -61,6 +61,8 @@ class ParallelConfig:
     def describe(self, world_size: int) -> str:
         """The layout of ``world_size`` processes, for reports."""
         parts = [f"tensor {self.tensor_parallel_size}", f"pipeline {self.pipeline_parallel_size}"]
+        if self.context_parallel_size > 1:
+            parts.append(f"context {self.context_parallel_size}")
         if self.expert_parallel_size > 1:
             parts.append(f"expert {self.expert_parallel_size}")
         return ", ".join([*parts, f"{world_size} process(es)"])

@@ -14,9 +14,10 @@ from torch import nn
 
 from slimtron_common.errors import ParallelismError
 from slimtron_common.parallel.context import ParallelContext
+from slimtron_common.parallel.context_parallel import cut_over_context
 from slimtron_common.parallel.unwrap import unwrap_chunks
 
-__all__ = ["LayeredModel", "OnLogits", "check_context_parallel", "forward_only"]
+__all__ = ["LayeredModel", "OnLogits", "forward_only", "model_inputs"]
 
 OnLogits = Callable[[int, torch.Tensor], None]
 
@@ -57,13 +58,12 @@ def forward_only(
         batches: Token ids, each ``[b, s]`` int64.
         context: This process's place.
         on_logits: Called on the last pipeline stage as ``on_logits(index, logits)``, with the
-            index into ``batches`` and logits ``[b, s, v/tp]``.
+            index into ``batches`` and logits ``[b, s/cp, v/tp]``, of the tokens that
+            ``cut_over_context`` gives this process.
 
     Raises:
-        ParallelismError: Context parallelism, which the schedule does not cut batches for; or
-            processes that share experts out pass different numbers of batches.
+        ParallelismError: Processes that share experts out pass different numbers of batches.
     """
-    check_context_parallel(context.cp_size)
     _check_counts(len(batches), context)
     if isinstance(model, LayeredModel):
         model.forward_only(batches, context, on_logits)
@@ -75,7 +75,7 @@ def forward_only(
         micro_batch_size, seq_length = shape
         iterators = [_feed(items, context.device) for _ in chunks]
         run(
-            forward_step_func=_forward_step(on_logits),
+            forward_step_func=_forward_step(context, on_logits),
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(items),
@@ -83,24 +83,6 @@ def forward_only(
             micro_batch_size=micro_batch_size,
             decoder_seq_length=seq_length,
             forward_only=True,
-        )
-
-
-def check_context_parallel(size: int) -> None:
-    """Refuses to cut sequences over processes.
-
-    Raises:
-        ParallelismError: ``size`` is not 1.
-    """
-    if size > 1:
-        raise ParallelismError(
-            "sequences are not cut over context-parallel processes here: only Transformer "
-            "Engine's attention could put them together again",
-            where="parallel.context_parallel_size",
-            found=size,
-            allowed=1,
-            hint="leave it out: these processes then take whole sequences each (data "
-            "parallelism), and the statistics of the text are the same",
         )
 
 
@@ -126,11 +108,24 @@ def _feed(
         yield index, tokens.to(device, non_blocking=True)
 
 
-def _forward_step(on_logits: OnLogits | None) -> Callable[..., Any]:
+def model_inputs(
+    tokens: torch.Tensor, context: ParallelContext
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns this process's tokens of a batch and their positions, each ``[b, s/cp]``.
+
+    Args:
+        tokens: ``[b, s]``, on the process's device.
+        context: Its place.
+    """
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    rank, size = context.cp_rank, context.cp_size
+    return cut_over_context(tokens, rank, size), cut_over_context(positions, rank, size)
+
+
+def _forward_step(context: ParallelContext, on_logits: OnLogits | None) -> Callable[..., Any]:
     def step(iterator: Iterator[tuple[int, torch.Tensor]], model: Any) -> tuple[Any, Any]:
         index, tokens = next(iterator)
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        output = model(tokens, positions, None)
+        output = model(*model_inputs(tokens, context), None)
 
         def finish(logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
             if on_logits is not None:

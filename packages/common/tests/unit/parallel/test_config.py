@@ -16,7 +16,7 @@ def test_model_parallel_size_is_a_copy_of_the_model() -> None:
     assert ParallelConfig().model_parallel_size == 1
     assert config.model_parallel_size == 2 * 3 * 5
     assert config.min_world_size == 2 * 3 * 5 * 7
-    assert config.describe(210) == "tensor 2, pipeline 3, expert 7, 210 process(es)"
+    assert config.describe(210) == "tensor 2, pipeline 3, context 5, expert 7, 210 process(es)"
 
 
 def test_experts_may_be_shared_out_over_data_parallel_processes() -> None:

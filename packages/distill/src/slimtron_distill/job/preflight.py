@@ -27,6 +27,7 @@ from slimtron_common.parallel.context import (
     resolve_device,
     world_size_from_environment,
 )
+from slimtron_common.parallel.context_parallel import check_sequence_cut
 from slimtron_common.workdir import check_resumable
 from slimtron_distill.cache.store import INDEX_NAME, TeacherCache, cache_identity
 from slimtron_distill.job.config import DistillJobConfig
@@ -285,12 +286,12 @@ def _cache(
 
 def _check_layout(config: DistillJobConfig, models: Sequence[Checkpoint]) -> None:
     parallel = config.parallel
-    if parallel.context_parallel_size > 1:
+    if parallel.context_parallel_size > 1 and config.teacher_cache.path is not None:
         raise ParallelismError(
-            "sequences are not cut over context-parallel processes here",
+            "a teacher's cache holds whole sequences",
             where="parallel.context_parallel_size",
             found=parallel.context_parallel_size,
-            allowed=1,
+            allowed="1 with a teacher's cache",
         )
     if config.virtual_pipeline_size > 1 and parallel.pipeline_parallel_size == 1:
         raise ParallelismError(
@@ -321,6 +322,7 @@ def _check_lengths(config: DistillJobConfig, models: Sequence[Checkpoint]) -> No
                 found=length,
                 allowed=f"at most {limit}",
             )
+        check_sequence_cut(length, config.parallel.context_parallel_size, where=where)
 
 
 def _compute_dtype(config: DistillJobConfig, device: str) -> torch.dtype:

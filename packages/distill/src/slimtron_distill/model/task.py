@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from slimtron_common.errors import ConfigError
 from slimtron_common.parallel import ParallelContext
+from slimtron_common.parallel.context_parallel import cut_over_context
 from slimtron_distill.config import DistillationConfig
 from slimtron_distill.hidden import gradient_scale, match_pairs
 from slimtron_distill.losses.kd import kd_loss
 from slimtron_distill.losses.linear import linear_kd_loss
 from slimtron_distill.mixing import INTERMEDIATE, LM, LOGITS, TOTAL, LossMixer
-from slimtron_distill.model.batch import cut_over_context
 from slimtron_distill.model.distillation import DistillationModel
 from slimtron_distill.model.head import linear_head, output_head
 from slimtron_distill.model.language import language_model_loss

@@ -30,6 +30,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "parallel": ParallelConfig(pipeline_parallel_size=2),
         "virtual_pipeline_size": 2,
     },
+    "context": {"parallel": ParallelConfig(context_parallel_size=2)},
     "data": {"training.recompute": "selective"},
 }
 

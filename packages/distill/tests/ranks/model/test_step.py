@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from packages.distill.tests.gathering_attention import gathering_attention
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -202,9 +200,7 @@ def _train(case: Case, folder: Path) -> dict[str, Any]:
 def _build(name: str, architecture: Any, case: Case, context: ParallelContext) -> Any:
     if name == "teacher" and case.teacher_sp is not None:
         context = replace(context, sequence_parallel=case.teacher_sp)
-    attention = gathering_attention() if context.cp_size > 1 else contextlib.nullcontext()
-    with attention:
-        return build_chunks(architecture, context, dtype=torch.float32)
+    return build_chunks(architecture, context, dtype=torch.float32)
 
 
 def _check_teacher(task: DistillationTask, before: list[Tensor]) -> None:

@@ -24,10 +24,11 @@ def register_attention() -> None:
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from modelopt.torch.quantization.nn import QuantModuleRegistry
 
-    if DotProductAttention not in QuantModuleRegistry:
-        QuantModuleRegistry.register({DotProductAttention: "DotProductAttention"})(
-            _quantized_attention()
-        )
+    from slimtron_common.models.context_attention import ContextParallelAttention
+
+    for attention in (DotProductAttention, ContextParallelAttention):
+        if attention not in QuantModuleRegistry:
+            QuantModuleRegistry.register({attention: attention.__name__})(_quantized_attention())
 
 
 def check_kv_quantizers(model: nn.Module) -> None:

@@ -81,6 +81,7 @@ _FLAGS: tuple[tuple[str, tuple[Flag, ...]], ...] = (
         (
             ("--tp", "parallel.tensor_parallel_size", int, "N", "tensor-parallel processes"),
             ("--pp", "parallel.pipeline_parallel_size", int, "N", "pipeline stages"),
+            ("--cp", "parallel.context_parallel_size", int, "N", "processes that share a sequence"),
             ("--ep", "parallel.expert_parallel_size", int, "N",
              "processes that share out a mixture's experts"),
             ("--dtype", "dtype", str, "TYPE", "to compute in: auto, float32, bfloat16, float16"),

@@ -19,6 +19,7 @@ examples:
   slimtron-quant run job.yaml --set quantization.algorithm=int4_awq
   slimtron-quant run job.yaml --recipe none --kv-cache fp8
   slimtron-quant run job.yaml --bits 4.8 --block-size auto
+  slimtron-quant run job.yaml --layerwise
   torchrun --nproc-per-node 3 -m slimtron_quant run job.yaml --tp 3
 
 exit codes: 0 done, 1 failed, 2 refused, 3 done but a quality gate was missed
@@ -35,6 +36,7 @@ def execute(args: argparse.Namespace) -> int:
     """Runs the job and prints the comparison."""
     config = job_config(args)
 
+    from slimtron_common.memory import peak_memory
     from slimtron_common.parallel.context import rank_from_environment
     from slimtron_common.report import print_comparison
     from slimtron_quant.job.preflight import preflight
@@ -47,6 +49,8 @@ def execute(args: argparse.Namespace) -> int:
         print_comparison(comparison)
         for fact in ("Quantized", "As it was", "KV cache"):
             print(f"{fact.lower():<10} {comparison.facts[fact]}")
+        peak = peak_memory(plan.device) / 2**30
+        print(f"{'memory':<10} {peak:.2f} GiB at most in this process; planned {plan.memory}")
         print(f"{'model':<10} {config.output}")
         print(f"{'report':<10} {config.output / 'report.html'}")
         for limit in missed:

@@ -109,6 +109,7 @@ def compare(
             **_routing(experts, config.quantization),
             **({"Quality gate": verdict} if verdict else {}),
             "Computed in": f"{plan.dtype} on {plan.device}".replace("torch.", ""),
+            "Memory": plan.memory,
             "Layout": config.parallel.describe(plan.world_size),
             "Seed": str(config.seed),
             "Versions": ", ".join(f"{k} {v}" for k, v in environment_versions().items()),

@@ -21,7 +21,9 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     """
     parallel, estimate = plan.config.parallel, plan.estimate
     seconds = estimate.flops / (measured_flops(plan.device, plan.dtype) * plan.world_size)
-    experts = ""
+    experts, context = "", ""
+    if parallel.context_parallel_size > 1:
+        context = f"context {parallel.context_parallel_size} x "
     if parallel.expert_parallel_size > 1:
         experts = f", experts shared out to {parallel.expert_parallel_size}"
     rows = [
@@ -39,11 +41,11 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         (
             "processes",
             f"{plan.world_size}: tensor {parallel.tensor_parallel_size} x pipeline "
-            f"{parallel.pipeline_parallel_size} x data "
+            f"{parallel.pipeline_parallel_size} x {context}data "
             f"{plan.world_size // parallel.model_parallel_size}" + experts,
         ),
         (
-            "memory per process" + (", layer by layer" if plan.config.layerwise else ""),
+            "memory per process" + (", one layer at a time" if plan.config.layerwise else ""),
             f"{_size(estimate.memory)}: weights {_size(estimate.weights)}, activations "
             f"{_size(estimate.activations)}, statistics {_size(estimate.statistics)}",
         ),

@@ -16,7 +16,7 @@ from slimtron_common.data import TokenDataset, held_out_datasets, token_dataset
 from slimtron_common.data.config import DataConfig
 from slimtron_common.data.sources import check_source
 from slimtron_common.errors import ConfigError, ParallelismError
-from slimtron_common.evaluation.reference import reference_bytes
+from slimtron_common.evaluation.reference import comparison_bytes, reference_bytes
 from slimtron_common.layerwise import hidden_state_bytes
 from slimtron_common.manifest import environment_versions
 from slimtron_common.memory import (
@@ -33,7 +33,7 @@ from slimtron_common.parallel.context import (
     resolve_device,
     world_size_from_environment,
 )
-from slimtron_common.parallel.schedule import check_context_parallel
+from slimtron_common.parallel.context_parallel import check_sequence_cut
 from slimtron_common.workdir import check_resumable
 from slimtron_quant.config import QuantizationConfig
 from slimtron_quant.formats.kv_cache import KV_CACHE_FORMATS, describe_kv_cache
@@ -120,6 +120,12 @@ class Plan:
         )
 
     @property
+    def memory(self) -> str:
+        """What a process needs, and for which part of the model."""
+        needed = f"about {self.estimate.memory / 2**30:.2f} GiB a process beside the libraries"
+        return f"{needed}, one layer at a time" if self.config.layerwise else needed
+
+    @property
     def goal(self) -> str:
         """What the model is quantized to, in a few words."""
         parts = []
@@ -171,7 +177,6 @@ def preflight(
         pipeline_parallel_size=parallel.pipeline_parallel_size,
         expert_parallel_size=parallel.expert_parallel_size,
     )
-    check_context_parallel(parallel.context_parallel_size)
     candidates = None
     if config.mixed.is_on:
         if parallel.expert_parallel_size > 1 and config.mixed.sensitivity is None:
@@ -284,6 +289,7 @@ def _check_lengths(config: QuantJobConfig, limit: int) -> None:
                 found=length,
                 allowed=f"at most {limit}",
             )
+        check_sequence_cut(length, config.parallel.context_parallel_size, where=where)
 
 
 def _open_text(
@@ -366,6 +372,9 @@ def _estimate(
     # Experts that a token takes, and those that a calibration token takes.
     routes = moe.experts_per_token if moe else 0
     all_routes = moe.num_experts if moe and quantization.calibrate_all_experts else routes
+    compared = comparison_bytes(
+        evaluation.micro_batch_size * evaluation.seq_length, architecture.vocab_size, dtype
+    )
     logits = reference_bytes(evaluation.num_tokens, architecture.vocab_size, dtype)
     rewrites_weights = any(scheme.recipe.rewrites_weights for scheme in schemes)
     statistics = max(
@@ -397,7 +406,8 @@ def _estimate(
             shapes,
             itemsize,
             experts_per_token=all_routes if calibrates else routes,
-        ),
+        )
+        + compared // tensor // parallel.context_parallel_size,
         statistics=round(statistics / tensor / pipeline),
         disk=round(
             logits

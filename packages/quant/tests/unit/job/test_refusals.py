@@ -112,6 +112,14 @@ FLAGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "experts without processes": (["--ep", "2"], ("torchrun --nproc-per-node 2",)),
     "no expert tokens": (["--min-expert-tokens", "0"], ("quantization.min_expert_tokens",)),
     "context parallelism": (["--set", "parallel.context_parallel_size=2"], ("processes",)),
+    "a distributed checkpoint in layers": (
+        ["--layerwise", "--export-format", "megatron"],
+        ("export.export_format", "hf with --layerwise"),
+    ),
+    "sensitivity in layers": (
+        ["--layerwise", "--bits", "6.5", "--block-size", "16"],
+        ("mixed.sensitivity", "sensitivity.json with --layerwise"),
+    ),
     "too few tokens": (
         ["--eval-tokens", "3200000"],
         ("pydoc", "tokens"),
@@ -278,6 +286,18 @@ def test_more_stages_than_layers(
     refused(arguments("run", "--pp", "4"), ("2 layers", "allowed: 1 to 2"))
 
 
+def test_another_algorithm_in_layers(
+    tmp_path: Path, arguments: Arguments, refused: Callable[..., None]
+) -> None:
+    recipe = tmp_path / "mse.yaml"
+    blocks = "{num_bits: 4, block_sizes: {'-1': 16}}"
+    recipe.write_text(f"quant_cfg: {{'*weight_quantizer': {blocks}}}\nalgorithm: mse\n")
+    refused(
+        arguments("run", "--layerwise", "--recipe", str(recipe)),
+        ("quantization.algorithm", "mse", "max, smoothquant, awq_lite with --layerwise"),
+    )
+
+
 def test_more_processes_than_sequences(
     arguments: Arguments, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,8 +312,12 @@ def test_layouts_that_the_model_does_not_take(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    context = ("--set", "parallel.context_parallel_size=2")
-    refused(arguments("run", *context), ("parallel.context_parallel_size", "data parallelism"))
+    cut = ("--cp", "2", "--eval-seq-len", "30", "--eval-tokens", "180")
+    refused(arguments("run", *cut), ("evaluation.seq_length", "a multiple of 4, such as 32"))
+    refused(
+        arguments("run", "--layerwise", "--pp", "2"),
+        ("parallel.pipeline_parallel_size", "1 with --layerwise"),
+    )
     refused(arguments("run", "--ep", "2"), ("expert_parallel_size", "this model is dense"))
     mixture = ("--model", f"hf:{write_tiny_model(tmp_path / 'mixture', 'mixtral')}", "--ep", "2")
     odd = ("--eval-tokens", "160", "--eval-batch-size", "1")
@@ -368,7 +392,8 @@ def test_memory_is_too_small(
     arguments: Arguments, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("slimtron_common.memory.available_memory", lambda device: 1000)
-    refused(arguments("run"), ("does not fit", "tensor_parallel_size"))
+    refused(arguments("run"), ("does not fit", "--layerwise", "tensor_parallel_size"))
+    refused(arguments("run", "--layerwise"), ("does not fit", "raise tensor_parallel_size"))
 
 
 @pytest.mark.parametrize(

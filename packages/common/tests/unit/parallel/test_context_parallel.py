@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from slimtron_distill.model.batch import cut_over_context
+from slimtron_common.parallel.context_parallel import cut_over_context
 
 
 def test_each_process_has_a_piece_of_the_front_and_one_of_the_back() -> None:
