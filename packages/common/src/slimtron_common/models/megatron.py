@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from slimtron_common.errors import MissingDependencyError, ParallelismError
+from slimtron_common.errors import MissingDependencyError
 from slimtron_common.integrations.megatron_core import (
     import_moe_utils,
     import_transformer_config,
