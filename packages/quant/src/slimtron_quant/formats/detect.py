@@ -65,6 +65,7 @@ def detect_format(module: Any) -> LayerFormat | None:
     inputs = module.input_quantizer
     kinds = _kind(weight), _kind(inputs) if inputs.is_enabled else None
     name = _FORMATS.get(kinds)
+    # An attribute with a value of None in ModelOpt 0.37, later absent.
     if name is None or getattr(weight, "svdquant_lora_a", None) is not None:
         raise UnsupportedModelError(
             "no format on disk holds what these quantizers compute",
