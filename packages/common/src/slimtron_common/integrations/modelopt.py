@@ -27,11 +27,11 @@ __all__ = [
     "config_names",
     "from_modelopt",
     "functions_put_back",
-    "is_rotated",
     "make_quantizer",
     "named_config",
     "recipe_config",
     "recipe_names",
+    "rotates",
     "shared_experts",
     "takes_mappings",
     "to_modelopt",
@@ -186,9 +186,9 @@ def make_quantizer(settings: Sequence[Attributes]) -> Any:
     return quantizers[0] if len(quantizers) == 1 else SequentialQuantizer(*quantizers)
 
 
-def is_rotated(quantizer: Any) -> bool:
-    """Tells whether a quantizer of ModelOpt's rotates what it quantizes."""
-    # Up to 0.37 there is the flag alone.
+def rotates(quantizer: Any) -> bool:
+    """Tells whether a quantizer rotates what it is given first."""
+    # ModelOpt 0.37 has the setting alone, a bool.
     return bool(getattr(quantizer, "rotate_is_enabled", quantizer._rotate))
 
 

@@ -214,6 +214,8 @@ _PICKLED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     # torch's own would run what it finds.
     ("torch.storage", "_load_from_bytes"): _load_storage,
+    # What Megatron-Core 0.19 puts in its place.
+    ("megatron.core.safe_globals", "safe_load_from_bytes"): _load_storage,
 }
 
 

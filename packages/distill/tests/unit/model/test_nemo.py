@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,20 @@ from slimtron_common.testing.nemo import (
     nemo_test,
     open_in_nemo,
 )
+from slimtron_distill.__main__ import main
 
 
 @pytest.mark.skipif(find_spec("nemo") is not None, reason="NeMo is installed")
 def test_without_nemo_it_says_what_to_do() -> None:
     with pytest.raises(MissingDependencyError, match="nemo"):
         _ = slimtron_distill.DistillationGPTModel
+
+
+def test_a_job_writes_for_nemo(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    out = tmp_path / "job"
+    assert main(arguments("run", "--export-format", "nemo", "--steps", "3", out=out)) == 0
+    assert main(["verify", str(out), "--eval-tokens", "64", "--eval-seq-len", "16"]) == 0
+    assert open_checkpoint(f"nemo2:{out}").architecture.hidden_size == 48
 
 
 def _config(num_layers: int, width: int) -> Any:

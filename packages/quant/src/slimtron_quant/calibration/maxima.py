@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtron_common.integrations.modelopt import is_rotated
+from slimtron_common.integrations.modelopt import rotates
 from slimtron_quant.calibration.experts import share_maxima
 
 __all__ = ["ForwardLoop", "collecting_maxima"]
@@ -123,5 +123,5 @@ def _is_plain(quantizer: Any) -> bool:
         quantizer._calibrator._axis in (None, -1)
         and (blocks is None or blocks.get("type") == "dynamic")
         and quantizer.pre_quant_scale is None
-        and not is_rotated(quantizer)
+        and not rotates(quantizer)
     )
