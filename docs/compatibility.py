@@ -52,7 +52,7 @@ def record(session: str, junit: Path, arguments: list[str]) -> None:
         "machine": f"{os.cpu_count()} CPU cores",
         "python": platform.python_version(),
         "versions": {name: found for name in LIBRARIES if (found := _version(name))},
-        "tests": " ".join(arguments) or "all",
+        "arguments": arguments,
         "passed": counts["tests"] - failed - counts["skipped"],
         "failed": failed,
         "skipped": counts["skipped"],
@@ -78,6 +78,7 @@ def _row(session: str) -> tuple[str, ...]:
     if not path.exists():
         return (f"`{session}`", "not run", *[""] * (len(LIBRARIES) + len(RESULTS) + 2))
     entry: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    entry["tests"] = f"[some]({RECORDS.name}/{path.name})" if entry["arguments"] else "all"
     return (
         f"`{session}`",
         entry["date"],
