@@ -10,7 +10,11 @@ import torch
 from slimtron_common.errors import MissingDependencyError, ParallelismError
 from slimtron_common.models import Architecture
 from slimtron_common.models.architecture import MixtureOfExperts
-from slimtron_common.models.megatron import build_model, transformer_engine_available
+from slimtron_common.models.megatron import (
+    architecture_of,
+    build_model,
+    transformer_engine_available,
+)
 from slimtron_common.parallel import ParallelContext, initialize_parallel
 
 LLAMA = Architecture(
@@ -52,8 +56,16 @@ def test_a_layout_that_does_not_divide_is_refused(context: ParallelContext) -> N
 def test_absent_transformer_engine_is_named(context: ParallelContext) -> None:
     with pytest.raises(MissingDependencyError, match="Transformer Engine"):
         build_model(LLAMA, context, dtype=torch.float32, layer_spec="transformer_engine")
-    with pytest.raises(ParallelismError, match="context parallelism"):
-        build_model(LLAMA, dataclasses.replace(context, cp_size=2), dtype=torch.float32)
+
+
+def test_one_layer_is_a_pipeline_stage_of_its_own(context: ParallelContext) -> None:
+    last = LLAMA.num_layers - 1
+    for layer in (0, last):
+        model = build_model(LLAMA, context, dtype=torch.float32, layer=layer)
+        assert [block.layer_number for block in model.decoder.layers] == [layer + 1]
+        assert hasattr(model, "embedding") == (layer == 0)
+        assert (model.decoder.final_layernorm is not None) == (layer == last)
+        assert architecture_of(model).num_layers == LLAMA.num_layers
 
 
 def test_building_says_nothing(context: ParallelContext, caplog: pytest.LogCaptureFixture) -> None:

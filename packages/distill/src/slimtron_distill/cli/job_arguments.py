@@ -80,6 +80,7 @@ _FLAGS: tuple[tuple[str, tuple[Flag, ...]], ...] = (
             ("--tp", "parallel.tensor_parallel_size", int, "N", "tensor-parallel processes"),
             ("--pp", "parallel.pipeline_parallel_size", int, "N", "pipeline stages"),
             ("--vpp", "virtual_pipeline_size", int, "N", "chunks of the model on every stage"),
+            ("--cp", "parallel.context_parallel_size", int, "N", "processes that share a sequence"),
             ("--ep", "parallel.expert_parallel_size", int, "N", "expert-parallel processes"),
             ("--dtype", "dtype", str, "TYPE", "to compute in: auto, float32 or bfloat16"),
             ("--device", "device", str, "NAME", "auto, cpu or cuda"),

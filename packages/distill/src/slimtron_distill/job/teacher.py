@@ -48,7 +48,7 @@ class JobTeacher:
         self._plan, self._context, self._evaluate = plan, context, evaluate
         cache = plan.config.teacher_cache.path
         # Logits are recorded by process, and a resumed run may have another layout.
-        layout = f"tp{context.tp_size}-dp{context.dp_size}"
+        layout = f"tp{context.tp_size}-cp{context.cp_size}-dp{context.dp_size}"
         self.record = (
             work.directory(f"teacher-{layout}") if cache is None else cache / f"held-out-{layout}"
         )

@@ -14,7 +14,7 @@ from slimtron_common.report import read_report
 from slimtron_common.testing.models import write_tiny_model
 from slimtron_quant.__main__ import main
 from slimtron_quant.export.reader import ExportedModel
-from slimtron_quant.job.run import _Job
+from slimtron_quant.quantizer import Quantizer
 
 Arguments = Callable[..., list[str]]
 
@@ -90,7 +90,7 @@ def test_a_resumed_run_has_the_scales(
         patch.setattr("slimtron_quant.job.run.write_export", lambda *_, **__: exec("raise OSError"))
         assert main(command) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(_Job, "_forward_loop", lambda self: pytest.fail("calibrated again"))
+        patch.setattr(Quantizer, "quantize", lambda *_: pytest.fail("calibrated again"))
         assert main([*command, "--resume"]) == 0
     assert load_file(tmp_path / "out" / "model.safetensors").keys() > SCALES
 
