@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from packaging.version import Version
 
 from slimtron_common.checkpoint import open_checkpoint, save_huggingface
 from slimtron_common.checkpoint.megatron import save_megatron
@@ -18,13 +20,15 @@ from slimtron_common.testing import run_ranks, write_tiny_model
 MODELS = {
     "mixtral": ("mixtral", {"num_local_experts": 6}),
     "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": False}),
-    "qwen2_moe": ("qwen2_moe", {}),
     "gemma": ("gemma", {"head_dim": 32, "vocab_size": 299}),
     "nemotron": ("nemotron", {}),
 }
 if hasattr(transformers, "NemotronHConfig"):
     MODELS["nemotron_h"] = ("nemotron_h", {})
-MIXTURES = ["mixtral", "qwen3_moe", "qwen2_moe"]
+MIXTURES = ["mixtral", "qwen3_moe"]
+if Version(version("megatron-core")) >= Version("0.16"):
+    MODELS["qwen2_moe"] = ("qwen2_moe", {})
+    MIXTURES.append("qwen2_moe")
 
 LAYOUTS = {
     "tp2": (2, ParallelConfig(tensor_parallel_size=2), list(MODELS)),

@@ -16,6 +16,7 @@ from slimtron_common.errors import ConfigError, UnsupportedModelError
 from slimtron_common.models.megatron import architecture_of, build_model
 from slimtron_common.parallel import forward_only, initialize_parallel
 from slimtron_common.testing import write_tiny_model
+from slimtron_common.testing.versions import SHARED_EXPERTS
 from slimtron_prune import PruningConfig, prune_language_model, save_pruned_model
 
 CONFIG = PruningConfig(64, 48, 2, 2, target_num_layers=3)
@@ -42,7 +43,16 @@ class Wrapper(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen3", "gemma", "nemotron", "mixtral", "qwen2_moe", "nemotron_h"]
+    "family",
+    [
+        "llama",
+        "qwen3",
+        "gemma",
+        "nemotron",
+        "mixtral",
+        pytest.param("qwen2_moe", marks=SHARED_EXPERTS),
+        "nemotron_h",
+    ],
 )
 def test_whoever_holds_the_model_holds_the_smaller_one(family: str, tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "m", family)

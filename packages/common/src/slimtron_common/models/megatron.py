@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -205,7 +207,6 @@ def transformer_config(
             "moe_router_topk": a.moe.experts_per_token,
             "moe_ffn_hidden_size": a.ffn_hidden_size,
             "moe_shared_expert_intermediate_size": a.moe.shared_ffn_hidden_size,
-            "moe_shared_expert_gate": a.moe.shared_ffn_hidden_size is not None,
             # Softmax, then the choice; otherwise a softmax over the chosen, which sums to 1.
             "moe_router_pre_softmax": not a.moe.normalized,
             # Rounded logits would tie, and the layout of the processes decide.
@@ -216,6 +217,15 @@ def transformer_config(
             # One module an expert, which quantizers see.
             "moe_grouped_gemm": False,
         }
+        if a.moe.shared_ffn_hidden_size is not None:
+            moe["moe_shared_expert_gate"] = True
+    config_class = import_transformer_config()
+    if unknown := moe.keys() - {field.name for field in dataclasses.fields(config_class)}:
+        raise MissingDependencyError(
+            "the installed Megatron-Core is too old for these experts",
+            found=f"megatron-core {version('megatron-core')}, without {', '.join(unknown)}",
+            hint="pip install 'megatron-core>=0.16'",
+        )
     layout = None
     stages = a.stage_layers(context.pp_size)
     if len(set(stages)) > 1:
@@ -223,7 +233,7 @@ def transformer_config(
         layout[0].insert(0, "embedding")
         layout[-1].append("loss")
     window = None if a.sliding_window is None else (a.sliding_window - 1, 0)
-    return import_transformer_config()(
+    return config_class(
         num_layers=a.num_layers,
         hidden_size=a.hidden_size,
         ffn_hidden_size=a.ffn_hidden_size,

@@ -7,7 +7,7 @@ from importlib.metadata import version
 import pytest
 from packaging.version import Version
 
-__all__ = ["needs"]
+__all__ = ["SHARED_EXPERTS", "needs"]
 
 
 def needs(distribution: str, minimum: str, *, what: str) -> pytest.MarkDecorator:
@@ -23,3 +23,6 @@ def needs(distribution: str, minimum: str, *, what: str) -> pytest.MarkDecorator
         Version(found) < Version(minimum),
         reason=f"{distribution} {found} lacks {what}: needs {minimum}",
     )
+
+
+SHARED_EXPERTS = needs("megatron-core", "0.16", what="a gate of shared experts")

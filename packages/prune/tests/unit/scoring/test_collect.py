@@ -16,6 +16,7 @@ from slimtron_common.errors import ParallelismError
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import initialize_parallel
 from slimtron_common.testing import write_tiny_model
+from slimtron_common.testing.versions import SHARED_EXPERTS
 from slimtron_prune.scoring.collect import check_layout, collect_scores, normalized
 from slimtron_prune.scoring.scores import Scores
 
@@ -134,7 +135,9 @@ def test_mamba_layers_are_scored_by_what_their_heads_add(tmp_path: Path) -> None
         assert [bool(row.any()) for row in values] == [letter == kind for letter in pattern]
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen3_moe", pytest.param("qwen2_moe", marks=SHARED_EXPERTS)]
+)
 def test_experts_are_scored_by_what_they_add(family: str, tmp_path: Path) -> None:
     """The weighted outputs of transformers' experts, one expert at a time."""
     write_tiny_model(tmp_path / "m", family, tokenizer=False)

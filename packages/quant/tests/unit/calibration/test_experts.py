@@ -66,7 +66,9 @@ def test_routers_are_watched_and_experts_see_all_on_request(tmp_path: Path) -> N
                 assert [layer.tokens for layer in found] == expected
             assert seen == ([TOKENS.numel()] * 4 if to_all else list(expected[1]))
             if to_all:
-                assert all(map(torch.equal, outputs, as_routed))
+                # Megatron-Core 0.15 adds up experts in the order in which tokens lie.
+                for found_logits, expected_logits in zip(outputs, as_routed, strict=True):
+                    torch.testing.assert_close(found_logits, expected_logits, rtol=1e-5, atol=1e-5)
             else:
                 as_routed = outputs
         assert not model.decoder.layers[0].mlp.router._forward_hooks

@@ -11,6 +11,7 @@ from modelopt.torch.quantization.qtensor import MXFP4QTensor, NVFP4QTensor
 from torch import Tensor
 
 from slimtron_common.errors import CheckpointError
+from slimtron_common.testing.versions import needs
 from slimtron_quant.errors import CalibrationError
 from slimtron_quant.formats import FORMATS, Calibration
 
@@ -112,6 +113,7 @@ class TestWeights:
         else:
             assert torch.equal(unpack(name, direct), unpack(name, again))
 
+    @needs("nvidia-modelopt", "0.47", what="packing of NVFP4 on the CPU")
     def test_bytes_are_those_of_modelopts_packing(self, name: str, dtype: torch.dtype) -> None:
         weight = random_weight(dtype)
         tensors = pack(name, weight)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import slimtron_quant.formats as formats
 from slimtron_common.errors import CheckpointError, ConfigError
+from slimtron_common.testing.versions import needs
 from slimtron_quant.errors import CalibrationError
 from slimtron_quant.formats import FORMATS, Calibration, Format, format_named
 
@@ -207,6 +208,7 @@ def test_zero_channels_decode_to_zero(name: str) -> None:
     assert bool((unpack(name, nothing) == 0).all())
 
 
+@needs("nvidia-modelopt", "0.47", what="scales for the tiniest weights")
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_tiny_weights_decode_as_modelopt_quantizes_them(name: str) -> None:
     weight = random_weight(torch.float32) * 2.0**-22
@@ -348,6 +350,7 @@ def test_activations_round_as_modelopts_quantizer(name: str, dtype: torch.dtype)
     assert bool(((rounded.double() - exact).abs() <= half * (1 + 1e-5) + exact.abs() * eps).all())
 
 
+@needs("nvidia-modelopt", "0.47", what="the same last bit of a token's scale")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_token_is_rounded_with_its_own_scale(dtype: torch.dtype) -> None:
     torch.manual_seed(3)

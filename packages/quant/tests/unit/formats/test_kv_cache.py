@@ -47,6 +47,7 @@ def attention_of(stage: SimpleNamespace) -> nn.Module:
     return attention
 
 
+@needs("nvidia-modelopt", "0.47", what="scales of a KV cache below 1")
 @pytest.mark.parametrize("qformat", KV_CACHE_FORMATS)
 def test_scales_are_those_of_modelopts_hugging_face_export(qformat: str) -> None:
     stage = model(qformat, 600.0, 12.5)
