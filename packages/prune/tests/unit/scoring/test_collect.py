@@ -174,7 +174,7 @@ def test_experts_are_scored_by_what_they_add(family: str, tmp_path: Path) -> Non
                 scores.experts[1, number], added.square().sum().double(), rtol=1e-3, atol=1e-4
             )
         if family == "qwen2_moe":
-            shared = layer.mlp.shared_expert
+            shared = model.model.layers[1].mlp.shared_expert
             inner = torch.nn.functional.silu(shared.gate_proj(x)) * shared.up_proj(x)
             inner *= layer.mlp.shared_expert_gate(x).sigmoid()
             torch.testing.assert_close(
