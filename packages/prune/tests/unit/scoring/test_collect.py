@@ -176,7 +176,7 @@ def test_experts_are_scored_by_what_they_add(family: str, tmp_path: Path) -> Non
         if family == "qwen2_moe":
             shared = model.model.layers[1].mlp.shared_expert
             inner = torch.nn.functional.silu(shared.gate_proj(x)) * shared.up_proj(x)
-            inner *= layer.mlp.shared_expert_gate(x).sigmoid()
+            inner *= model.model.layers[1].mlp.shared_expert_gate(x).sigmoid()
             torch.testing.assert_close(
                 scores.shared[1], inner.square().sum(0).double(), rtol=1e-3, atol=1e-4
             )
