@@ -15,11 +15,11 @@ from slimtron_common.config import build_config
 from slimtron_common.integrations import modelopt_state
 from slimtron_common.models.megatron import build_model
 from slimtron_common.parallel import initialize_parallel
-from slimtron_common.report import read_report
 from slimtron_distill.__main__ import main
 from slimtron_distill.job.config import DistillJobConfig
 from slimtron_distill.job.preflight import preflight
 from slimtron_distill.model.teacher import load_teacher
+from slimtron_distill.training.log import read_log
 
 Arguments = Callable[..., list[str]]
 
@@ -77,11 +77,13 @@ def test_it_learns_and_keeps_its_quantizers(
 ) -> None:
     out, student = tmp_path / "out", quantized("int4")
     more = ("--student", f"megatron:{student}", "--export-format", "megatron")
-    longer = ("--steps", "24", "--seq-len", "64", "--save-interval", "24", "--eval-interval", "24")
-    assert main(arguments("run", *more, *longer)) == 0
-    _, start, trained = read_report(out).columns
+    # The same sequences again and again, which it learns by heart.
+    longer = ("--steps", "40", "--seq-len", "64", "--num-tokens", "512", "--warmup-steps", "4")
+    rarely = ("--save-interval", "40", "--eval-interval", "40")
+    assert main(arguments("run", *more, *longer, *rarely)) == 0
     # Its weights are the teacher's, rounded: training makes up for the rounding.
-    assert 0 < trained.metrics["kl"] < 0.95 * start.metrics["kl"]  # type: ignore[operator]
+    losses = [record["loss"] for record in read_log(out / "train.jsonl") if "loss" in record]
+    assert 0 < sum(losses[-4:]) < 0.9 * sum(losses[:4])
     scales = {path: _scales(path) for path in (student, out)}
     assert len(scales[out]) > 8
     for name, scale in scales[student].items():
