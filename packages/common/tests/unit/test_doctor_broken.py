@@ -71,7 +71,10 @@ def own_requirements() -> list[str]:
 
 def examine(folder: Path, change: Mapping[str, str | None]) -> tuple[int, dict[str, Any]]:
     """Runs the doctor where nothing is installed but ``ENGINES``, changed, and what it needs."""
-    shutil.copytree(Path(packaging.__file__).parent, folder / "packaging")
+    # Copies: beside an installed one lie all the others.
+    for module in (packaging, slimtron_common):
+        source = Path(str(module.__file__)).parent
+        shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("*.pyc"))
     found = {**ENGINES, **change}
     declared = {"nemo-toolkit": NEMO_DECLARES, "megatron-core": ["numpy<2.0.0"]}
     own = own_requirements()
@@ -83,10 +86,9 @@ def examine(folder: Path, change: Mapping[str, str | None]) -> tuple[int, dict[s
     for name, version in found.items():
         if version is not None:
             write_metadata(folder, name, version, declared.get(name, ()))
-    source = Path(slimtron_common.__file__).parents[1]
     # Isolated and without site: the packages of this environment are out of sight.
     run = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", DOCTOR, str(folder), str(source)],
+        [sys.executable, "-I", "-S", "-c", DOCTOR, str(folder)],
         capture_output=True,
         text=True,
         timeout=120,
