@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import resource
 import statistics
 import time
 from collections import defaultdict
@@ -33,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slimtron_common.manifest import environment_versions
+from slimtron_common.memory import peak_memory
 from slimtron_common.models.architecture import Architecture
 from slimtron_common.models.megatron import build_chunks
 from slimtron_common.parallel import ParallelConfig, ParallelContext, initialize_parallel
@@ -287,13 +287,6 @@ def random_batch(args: argparse.Namespace, context: ParallelContext) -> Any:
         "loss_mask": torch.ones(shape, device=context.device),
         "rows": torch.arange(shape[0]),
     }
-
-
-def peak_memory(device: str) -> int:
-    """Bytes; of the CPU's process since its start."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

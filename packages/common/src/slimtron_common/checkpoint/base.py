@@ -118,9 +118,6 @@ class Checkpoint(ABC):
     is_quantized = False
     """Whether ``load`` gives the model quantizers."""
 
-    weights_are_bytes = False
-    """Whether all that these round fits into eight bits a weight."""
-
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         if not path.is_dir():
             found = "a file" if path.exists() else "nothing"
@@ -152,6 +149,11 @@ class Checkpoint(ABC):
             for _, rule in model_parameters(self.architecture)
             for shape in rule.hf_shapes
         )
+
+    @property
+    def weights_are_bytes(self) -> bool:
+        """Whether all that its quantizers round fits into eight bits a weight."""
+        return False
 
     def check_unquantized(self, where: str, *, loss: str) -> None:
         """Checks that the checkpoint gives a model no quantizers.

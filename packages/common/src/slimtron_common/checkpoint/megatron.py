@@ -86,7 +86,9 @@ class MegatronCheckpoint(Checkpoint):
             )
         self.is_quantized = check_quantizers(self.weights, stored)
 
-        self.weights_are_bytes = self.is_quantized and weights_are_bytes(self.weights)
+    @property
+    def weights_are_bytes(self) -> bool:
+        return self.is_quantized and weights_are_bytes(self.weights)
 
     @property
     def weight_bytes(self) -> int:
